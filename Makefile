@@ -1,0 +1,56 @@
+# Every command of the project; `make` alone lists them.
+#
+#   make install PYTHON=python3.12            another interpreter (3.11 or later)
+#   make install PIP_ARGS="..."               more arguments for pip, such as an index of CPU-only builds of torch
+#   make test PYTEST_ARGS="-k layers -x"      more arguments for pytest
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+READY := $(VENV)/.ready
+CHECKED := pipeline stages retrievers examples benchmarks tests
+BENCHMARKS ?= $(wildcard benchmarks/*.py)
+
+# No look-ups on model hubs, no tokenizer threads beside ours, and OpenMP pools that sleep instead of spinning.
+demo test bench: export HF_HUB_OFFLINE := 1
+demo test bench: export TOKENIZERS_PARALLELISM := false
+demo test bench: export OMP_WAIT_POLICY := PASSIVE
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test check bench
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(READY) ## make .venv with everything that the other commands use
+
+# torch goes first, alone: whatever build of it the constraint finds, nothing installed later brings in another.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt --upgrade pip
+	$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt torch==2.13.0
+	$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt --editable '.[demo]' --group dev
+	touch $@
+
+demo: $(READY) ## answer real questions over Wikipedia, sequentially and speculatively, and compare
+	$(BIN)/ralmspec compare --data examples/demo --model examples/demo/model --encoder minilm \
+		--questions 6 --retriever-latency 0.3
+
+test: $(READY) ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Type checkers cannot see through an editable install, so they get a copy in build/types; stale copies must go first.
+check: $(READY) ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build
+	$(PIP) install --quiet --no-deps --no-build-isolation --target build/types .
+	$(BIN)/mypy $(CHECKED)
+
+bench: $(READY) ## run every program in benchmarks/
+	set -e; for program in $(BENCHMARKS); do echo "== $$program"; $(BIN)/python $$program; done

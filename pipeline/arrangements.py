@@ -1,0 +1,97 @@
+"""Sequential, synchronous and asynchronous serving: the same stages, three sets of two decisions.
+
+A round decodes one step under a document known to be right and drafts more under guesses. After each step the query of
+the next one is formed, so a batch of s checks covers the documents of steps 2 … s + 1 (paper, section 2).
+
+                     may a guessed step be decoded?                  when do queued checks go out?
+    Sequential       never                                           at once
+    Synchronous      while nothing is being verified                 s are queued, or nothing else can be done
+    Asynchronous     the same, and beside the verification           the same
+                     the one step whose own check is in it
+"""
+
+from dataclasses import dataclass, field
+
+from ralmspec.stages.arrangement import Arrangement, Outlook
+from ralmspec.stages.stride import OS3, FixedStride, Stride, StrideSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Sequential:
+    """RaLMSeq, the baseline and the oracle: retrieve, decode, retrieve, decode."""
+
+    guesses = False
+    prefetch = 1
+    window = 1
+
+    def stride(self) -> Stride:
+        """One check at a time."""
+        return FixedStride(1)
+
+    def may_draft(self, outlook: Outlook) -> bool:
+        """Never: there are no guesses."""
+        return False
+
+    def checks_due(self, outlook: Outlook) -> bool:
+        """At once."""
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Synchronous:
+    """RaLMSpec: decode a stride under guesses, then wait for the verification of all of it."""
+
+    speculation_stride: StrideSettings | int = field(default_factory=OS3)
+    prefetch: int = 20
+    guesses = True
+
+    def __post_init__(self) -> None:
+        if self.prefetch < 1:
+            raise ValueError(f"prefetch={self.prefetch}: a search brings at least 1 document")
+        if isinstance(self.speculation_stride, int):
+            object.__setattr__(self, "speculation_stride", FixedStride(self.speculation_stride))
+
+    @property
+    def window(self) -> int:
+        """A stride of drafts, and the step whose check closes the batch."""
+        assert not isinstance(self.speculation_stride, int)
+        return self.speculation_stride.longest + 1
+
+    def stride(self) -> Stride:
+        """A scheduler that knows that verification does not overlap."""
+        assert not isinstance(self.speculation_stride, int)
+        return self.speculation_stride.start(asynchronous=False)
+
+    def may_draft(self, outlook: Outlook) -> bool:
+        """While nothing is being verified."""
+        return not outlook.flying
+
+    def checks_due(self, outlook: Outlook) -> bool:
+        """When the stride is full, or when only verdicts can bring the session on."""
+        return not outlook.flying and (outlook.stuck or outlook.queued >= outlook.stride)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asynchronous(Synchronous):
+    """RaLMSpec with asynchronous verification: one more step decodes while a batch is being verified."""
+
+    def stride(self) -> Stride:
+        """A scheduler that knows that verification overlaps."""
+        assert not isinstance(self.speculation_stride, int)
+        return self.speculation_stride.start(asynchronous=True)
+
+    def may_draft(self, outlook: Outlook) -> bool:
+        """Also beside a verification, if it is this step's own."""
+        return not outlook.flying or outlook.newest_flying
+
+
+def published(prefetch: int = 20) -> dict[str, Arrangement]:
+    """The arrangements of the paper's tables under the paper's names, RaLMSeq first; fixed strides are 3."""
+    return {
+        "RaLMSeq": Sequential(),
+        "RaLMSpec": Synchronous(speculation_stride=3, prefetch=1),
+        "+P": Synchronous(speculation_stride=3, prefetch=prefetch),
+        "+S": Synchronous(speculation_stride=OS3(), prefetch=1),
+        "+A": Asynchronous(speculation_stride=3, prefetch=1),
+        "+PSA": Asynchronous(speculation_stride=OS3(), prefetch=prefetch),
+    }

@@ -1,0 +1,56 @@
+"""Compares an output with RaLMSeq's, and explains a difference by a near-tie, or does not."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ralmspec.retrievers.base import Ranking
+from ralmspec.stages.model import LanguageModel, Prefix
+from ralmspec.stages.sampling import Sampling
+from ralmspec.stages.workload import BoundWorkload
+
+from .stream import Answer
+
+TOLERANCE = {"float64": 0.0, "float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+"""Largest gap between the two best scores that rounding may turn round, by dtype. A float32 logit of a small model
+moves by about 1e-5 with the chunking of a prefill; the tolerance allows for two orders more and no further."""
+
+_AUDITOR = -1  # no served session has a negative number
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where two outputs part."""
+
+    position: int
+    gap: float
+    explained: bool
+
+
+def differ(
+    reference: Answer,
+    answer: Answer,
+    *,
+    prompt: str,
+    model: LanguageModel,
+    workload: BoundWorkload,
+    sampling: Sampling,
+    dtype: str,
+) -> Difference | None:
+    """None for the same tokens and documents; else the first difference. Blocking: it may run the model once."""
+    documents = [step.document.id for step in reference.steps]
+    if answer.tokens == reference.tokens and [step.document.id for step in answer.steps] == documents:
+        return None
+    pairs = zip(reference.tokens, answer.tokens, strict=False)
+    position = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(reference.tokens), len(answer.tokens)))
+    step = position // workload.retrieval_stride
+    same_documents = documents[: step + 1] == [s.document.id for s in answer.steps[: step + 1]]
+    if position >= len(reference.tokens) or not same_documents:
+        return Difference(position, float("nan"), explained=False)
+    context = [*workload.prompt(prompt)[0], *reference.tokens[:position]]
+    retrieved = Ranking(np.array([documents[step]], dtype=np.int64), np.zeros(1, dtype=np.float32))
+    tokens = workload.prefix(context, retrieved)
+    (frontier,) = model.forward([Prefix(session=_AUDITOR, tokens=tokens)])
+    model.forget(_AUDITOR)
+    gap = sampling.gap(frontier.logits, position)
+    return Difference(position, gap, explained=gap <= TOLERANCE.get(dtype, 0.0))

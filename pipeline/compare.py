@@ -1,0 +1,146 @@
+"""Runs arrangements on the same questions, paired and interleaved, and states what came of it.
+
+a is one step of RaLMSeq on the same engine without its search, b one search of one query; both are measured in the same
+run, per question. T_decode = n·a. T* = b + n·a + R·b + max(0, b − a): the first retrieval, all decoding, R real misses
+that each expose one retrieval, and the last verification that nothing is left to hide.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ralmspec.retrievers.corpus import Question
+from ralmspec.stages.arrangement import Arrangement
+from ralmspec.stages.in_context import InContext
+from ralmspec.stages.sampling import Sampling
+from ralmspec.stages.statistics import Statistics
+
+from .audit import Difference, differ
+from .engine import Engine
+from .pipeline import Pipeline
+from .reports import Row
+from .stream import Answer
+
+BASELINE = "RaLMSeq"
+
+
+@dataclass(slots=True)
+class Runs:
+    """All that was measured so far: per arrangement, one answer a question."""
+
+    arrangements: Mapping[str, Arrangement]
+    answers: dict[str, list[Answer]] = field(default_factory=dict)
+    differences: dict[str, list[Difference | None]] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> int:
+        """Questions that every arrangement has answered."""
+        return min((len(self.differences.get(name, [])) for name in self.arrangements), default=0)
+
+
+async def run(
+    engine: Engine,
+    questions: Sequence[Question],
+    runs: Runs,
+    *,
+    workload: InContext,
+    max_new_tokens: int,
+    sampling: Sampling,
+    trace: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Fill `runs`, question by question; what is there stays there if this is cancelled.
+
+    Every question is served by every arrangement before the next; the order is reversed for every other question, so
+    that drift of the machine hits all alike. One question is served unmeasured first. Outputs have equal length.
+    """
+    bound = workload.bind(engine.model, engine.retriever)
+    pipelines = {
+        name: Pipeline(model=engine.model, retriever=engine.retriever, workload=workload, speculation=arrangement)
+        for name, arrangement in runs.arrangements.items()
+    }
+
+    async def serve(name: str, question: Question) -> Answer:
+        async with pipelines[name] as pipeline:
+            return await pipeline.complete(
+                question.question, max_new_tokens=max_new_tokens, sampling=sampling, ignore_eos=True, trace=trace
+            )
+
+    progress("warming up")
+    for name in pipelines:
+        await serve(name, questions[0])
+    for number, question in enumerate(questions):
+        answers = {}
+        for name in list(pipelines)[:: 1 if number % 2 == 0 else -1]:
+            progress(f"{name}: {question.question}")
+            answers[name] = await serve(name, question)
+        reference = answers[BASELINE]
+        for name, answer in answers.items():
+            difference = differ(
+                reference,
+                answer,
+                prompt=question.question,
+                model=engine.model,
+                workload=bound,
+                sampling=sampling,
+                dtype=engine.options.dtype,
+            )
+            runs.answers.setdefault(name, []).append(answer)
+            runs.differences.setdefault(name, []).append(difference)
+
+
+def rows(runs: Runs, retriever: str) -> list[Row]:
+    """The table: one row an arrangement, over the questions that all have answered."""
+    n = runs.complete
+    baseline = [answer.statistics for answer in runs.answers[BASELINE][:n]]
+    return [row(name, baseline, runs.answers[name][:n], runs.differences[name][:n], retriever) for name in runs.answers]
+
+
+def row(
+    name: str,
+    baseline: Sequence[Statistics],
+    answers: Sequence[Answer],
+    differences: Sequence[Difference | None],
+    retriever: str,
+) -> Row:
+    """One arrangement against the baseline of the same questions."""
+    mine = [answer.statistics for answer in answers]
+    latency = np.array([s.latency_s for s in mine])
+    reference = np.array([s.latency_s for s in baseline])
+    steps = np.array([s.steps for s in baseline])
+    a, b = step_and_search(baseline)
+    misses = np.array([s.rollbacks for s in mine]) if any(s.checked for s in mine) else steps - 1
+    drain = np.maximum(0.0, b - a) if any(s.checked for s in mine) else 0.0
+    best = b + steps * a + misses * b + drain
+    draws = np.random.default_rng(0).integers(0, len(mine), (2000, len(mine)))
+    ratios = reference[draws].sum(axis=1) / latency[draws].sum(axis=1)
+    checked = sum(s.checked for s in mine)
+    return Row(
+        arrangement=name,
+        retriever=retriever,
+        speedup=float(reference.sum() / latency.sum()),
+        speedup_low=float(np.quantile(ratios, 0.025)),
+        speedup_high=float(np.quantile(ratios, 0.975)),
+        latency_s=float(latency.mean()),
+        time_to_first_token_s=float(np.mean([s.time_to_first_token_s or 0.0 for s in mine])),
+        f_ideal=float((steps * a).sum() / latency.sum()),
+        f_miss=float(best.sum() / latency.sum()),
+        gamma=sum(s.matched for s in mine) / checked if checked else None,
+        rollbacks=sum(s.rollbacks for s in mine),
+        kb_calls=sum(s.kb_calls for s in mine),
+        kb_queries=sum(s.kb_queries for s in mine),
+        wasted_tokens=sum(s.wasted_tokens for s in mine),
+        identical=sum(d is None for d in differences),
+        explained=sum(d is not None and d.explained for d in differences),
+        outputs=len(answers),
+    )
+
+
+def step_and_search(
+    baseline: Sequence[Statistics],
+) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], np.ndarray[tuple[int], np.dtype[np.float64]]]:
+    """a and b of each question, in seconds, from RaLMSeq's own run."""
+    a = np.array([(s.latency_s - s.search_s) / s.steps for s in baseline])
+    b = np.array([s.search_s / s.kb_calls for s in baseline])
+    return a, b

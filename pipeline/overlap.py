@@ -1,0 +1,64 @@
+"""How much work of model and index really runs side by side on these cores."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from ralmspec.retrievers.base import Query
+
+from .engine import Engine
+
+
+def overlap_efficiency(engine: Engine, seconds: float = 1.0) -> dict[str, float]:
+    """Time decoding and searching, first one after the other, then in two threads at once.
+
+    `efficiency` = (alone_1 + alone_2 − together) / min(alone_1, alone_2): 1 means that the shorter work was free, 0 or
+    less that two threads were no faster than one. Blocking; about four times `seconds`.
+    """
+    from ralmspec.stages.model import Prefix
+
+    session = -7  # no served session has a negative number
+    tokens = np.full(200, 5, dtype=np.int64)
+    (query,) = engine.index.encode([Query(text="where two threads meet")])
+
+    def decode() -> None:
+        tokens[-1] = (tokens[-1] + 1) % 50
+        engine.model.forward([Prefix(session=session, tokens=tokens)])
+
+    def search() -> None:
+        engine.index.search([query], 1)
+
+    for work in (decode, search):  # warm up
+        work()
+    counts = [max(1, round(seconds / _once(work))) for work in (decode, search)]
+    works = [_repeat(decode, counts[0]), _repeat(search, counts[1])]
+    alone = [_once(work) for work in works]
+    threads = [threading.Thread(target=work) for work in works]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    together = time.perf_counter() - start
+    engine.model.forget(session)
+    return {
+        "decode_alone_s": alone[0] / counts[0],
+        "search_alone_s": alone[1] / counts[1],
+        "efficiency": (sum(alone) - together) / min(alone),
+    }
+
+
+def _repeat(work: Callable[[], None], count: int) -> Callable[[], None]:
+    def repeated() -> None:
+        for _ in range(count):
+            work()
+
+    return repeated
+
+
+def _once(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

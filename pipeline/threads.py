@@ -1,0 +1,86 @@
+"""Real threads behind the worker seam: one per device, owned by the pipeline."""
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any, TypeVar, TypeVarTuple
+
+import anyio
+from anyio.lowlevel import current_token
+
+from .errors import EngineDead
+
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
+
+
+class ThreadWorker:
+    """Runs blocking calls in threads of its own, `threads` at a time and no more; extra calls wait in a queue.
+
+    Native libraries keep thread pools and contexts per calling thread, so each device gets threads that stay the same.
+    The threads are daemons: a native call that hangs for ever cannot keep the process alive. No thread can be stopped,
+    so cancelling waits for the call; one that takes longer than `limit_s`, or is given up by `abandon`, raises
+    `EngineDead` where it was called.
+    """
+
+    def __init__(self, name: str, threads: int = 1, limit_s: float = 300.0) -> None:
+        self.name = name
+        self.running = 0
+        self._limit_s = limit_s
+        self._waiting: set[anyio.Event] = set()
+        self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"ralmspec-{name}-{n}", daemon=True) for n in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    async def call(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        """Run `work(*arguments)` in a thread, and wait for it whatever happens."""
+        done = anyio.Event()
+        outcome: list[Any] = []
+        loop: Any = current_token().native_token
+        post = loop.call_soon_threadsafe if hasattr(loop, "call_soon_threadsafe") else loop.run_sync_soon
+
+        def run() -> None:
+            try:
+                outcome.append((work(*arguments), None))
+            except BaseException as error:  # it belongs to whoever called
+                outcome.append((None, error))
+            with suppress(RuntimeError):  # the loop has closed: nobody waits any more
+                post(arrived)
+
+        def arrived() -> None:
+            self.running -= 1
+            done.set()
+
+        self.running += 1
+        self._waiting.add(done)
+        self._inbox.put(run)
+        with anyio.move_on_after(self._limit_s, shield=True):
+            await done.wait()
+        self._waiting.discard(done)
+        if not outcome:
+            raise EngineDead(f"a call in the {self.name} thread did not end in time (limit {self._limit_s:g} s)")
+        result, error = outcome.pop()
+        if error is not None:
+            raise error
+        return result  # type: ignore[no-any-return]
+
+    def abandon(self) -> None:
+        """Stop waiting for the calls that are running."""
+        for done in self._waiting:
+            done.set()
+
+    def close(self, timeout_s: float) -> bool:
+        """Let the threads end after their present call; whether they did within the time. Blocks."""
+        for _ in self._threads:
+            self._inbox.put(None)
+        for thread in self._threads:
+            thread.join(timeout_s)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _serve(self) -> None:
+        while (run := self._inbox.get()) is not None:
+            run()

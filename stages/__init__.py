@@ -1,0 +1,1 @@
+"""What moves through the pipeline, who works on it, models and workloads."""

@@ -1,0 +1,53 @@
+"""What an arrangement decides: when a session may go on under a guess, and when its checks go out."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from .stride import Stride
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What an arrangement may look at.
+
+    `queued` checks wait, `flying` ones are with the knowledge base (stale ones included); `newest_flying` says whether
+    the newest step's own check is among those; `stuck` that nothing can be decoded before a verdict (the newest step
+    has no document, or the output is complete); `stride` is the session's speculation stride.
+    """
+
+    queued: int
+    flying: int
+    newest_flying: bool
+    stuck: bool
+    stride: int
+
+
+class Arrangement(Protocol):
+    """One way to arrange the stages. Every arrangement gives the same output; they differ in time only."""
+
+    @property
+    def guesses(self) -> bool:
+        """Whether Lookup guesses documents from the session's cache."""
+        ...
+
+    @property
+    def prefetch(self) -> int:
+        """Documents that every search brings (the paper's prefetch k; 1 is the answer alone)."""
+        ...
+
+    @property
+    def window(self) -> int:
+        """K: uncommitted steps, and besides them checks in flight, that a session may have."""
+        ...
+
+    def stride(self) -> Stride:
+        """The stride scheduler for a new session."""
+        ...
+
+    def may_draft(self, outlook: Outlook) -> bool:
+        """Whether the newest step may be decoded although its document is only a guess."""
+        ...
+
+    def checks_due(self, outlook: Outlook) -> bool:
+        """Whether the queued checks go to the knowledge base now (there is at least one)."""
+        ...

@@ -1,0 +1,123 @@
+"""Everything that moves: turns and work between the stages, verdicts on their way back, events to the caller.
+
+Queues carry `Turn`s. The work itself waits with the session, so a rollback annihilates it in place and no queue can
+overflow. A `Pass`, a `Check` and a `Verdict` are the immutable inputs and results of thread calls. All of them name
+(session, epoch); whoever receives one of an older epoch drops it (rules R4 and R7).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from ralmspec.retrievers.base import Query, Ranking
+
+from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from .statistics import Statistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """Belongs to a session; `epoch` is the number of rollbacks the session had had when it was made."""
+
+    session: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn(Message):
+    """A session's turn at a stage; what is to be done there, the session knows. `issued` in seconds."""
+
+    issued: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pass(Message):
+    """One forward pass: the next token of `step`, after `context`, under the retrieved documents.
+
+    `position` counts generated tokens from 0; `context` is the prompt and all that was generated before.
+    """
+
+    step: int
+    position: int
+    context: tuple[int, ...]
+    retrieved: Ranking
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Check(Message):
+    """Down: a step's query, waiting to be put to the knowledge base."""
+
+    step: int
+    query: Query
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Verdict(Message):
+    """Up: what the knowledge base says of a step's query. `truth` holds the documents of one search, best first.
+
+    `rows` is what the session's cache needs of the documents that condition the step (the first ones of `truth`), None
+    where no cache is used.
+    """
+
+    step: int
+    truth: Ranking
+    rows: NDArray[Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a step's text comes from: the document, its score, and how many of its tokens did not fit."""
+
+    id: int
+    title: str
+    score: float
+    tokens_cut: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something the caller may see. `serial` counts the session's events, so that a reader's progress is known."""
+
+    session: int
+    serial: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed(Event):
+    """Verified output of one step: final, never taken back. The texts of all events joined are the answer."""
+
+    text: str
+    tokens: tuple[int, ...]
+    step: int
+    document: Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drafted(Event):
+    """One token written under a guessed document (only with `drafts=True`); a `RolledBack` may retract it."""
+
+    text: str
+    token: int
+    step: int
+    document: Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolledBack(Event):
+    """Every draft from `step` on is retracted: the guess was wrong, `document` is the true one (with `drafts=True`)."""
+
+    step: int
+    tokens: int
+    document: Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done(Event):
+    """The last event of a session that ended well; `error` is set, and raised to the caller, where it did not."""
+
+    statistics: "Statistics"
+    error: BaseException | None = None

@@ -1,0 +1,77 @@
+"""What a language model promises: a token prefix in, what it thinks of the next token out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prefix:
+    """All tokens before the one that is asked for: document first, then prompt and generated text.
+
+    `tokens` int64 [n], n ≥ 1. `session` only tells the model whose KV memory may be reused.
+    """
+
+    session: int
+    tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frontier:
+    """What the model knows at the end of a prefix.
+
+    `logits` float32 or float64 [vocabulary] of the next token; `hidden` the vector a workload may retrieve with
+    (None where the model was not asked for it).
+    """
+
+    logits: NDArray[np.floating[Any]]
+    hidden: NDArray[np.floating[Any]] | None = None
+
+
+class LanguageModel(Protocol):
+    """A decoder. `forward` runs in one worker thread; everything else is cheap, thread-safe and may run on the loop.
+
+    KV memory is the model's private optimisation. It reuses the longest prefix it still holds for the session, so a
+    rollback needs no call, and an unchanged document costs no prefill.
+    """
+
+    @property
+    def context_length(self) -> int:
+        """The longest prefix, in tokens, that `forward` accepts."""
+        ...
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end a sequence."""
+        ...
+
+    @property
+    def start_tokens(self) -> tuple[int, ...]:
+        """Tokens that every prefix should begin with (the tokenizer's own beginning of sequence, often none)."""
+        ...
+
+    @property
+    def max_batch(self) -> int:
+        """How many sessions one `forward` call decodes together."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Text to tokens, with no special tokens added and none parsed out of the text."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens to text, special tokens left out."""
+        ...
+
+    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier]:
+        """One forward pass for up to `max_batch` sessions; a frontier for each prefix, in order."""
+        ...
+
+    def forget(self, session: int) -> None:
+        """Free what is kept for a session; called when no `forward` for it is running or will come."""
+        ...

@@ -1,0 +1,143 @@
+"""Chooses a token from logits: greedy, or sampled with numbers that depend only on the seed and the token's position.
+
+Sampling adds one Gumbel number per vocabulary entry and takes the best score, which draws from the softmax. The
+numbers are a function of (seed, position, token id), so a token that is decoded again, under another document or after
+a rollback, meets the same numbers, and only a change of logits can change it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ModelFailed
+
+Logits = NDArray[np.floating[Any]]
+_Scores = NDArray[np.float64]
+_Ids = NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a session chooses its tokens; the default is greedy.
+
+    `temperature` 0 takes the highest logit, the lowest id among equals. Above 0, the token is drawn from the softmax
+    of logits / temperature, among the `top_k` highest (0: all; of equals at the border the lowest ids stay), then among
+    the fewest that together hold `top_p` of the probability left. `seed` in [0, 2^64).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"Sampling(temperature={self.temperature}): must be 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            raise ValueError(f"Sampling(top_k={self.top_k}): must be 0 (all tokens) or the number of tokens to keep")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"Sampling(top_p={self.top_p}): must be above 0 and at most 1 (all tokens)")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"Sampling(seed={self.seed}): must be at least 0 and below 2^64")
+
+    def pick(self, logits: Logits, position: int) -> int:
+        """The token at `position` (0 for the first generated one) from logits [vocabulary].
+
+        -inf rules a token out. Raises `ModelFailed` for NaN, +inf, or logits that rule every token out.
+        """
+        best = _best(logits)
+        if self.temperature == 0:
+            return best
+        scaled = self._scale(logits, best)
+        ids, _, _ = _nucleus(scaled, _highest(scaled, self.top_k), self.top_p)
+        return int(ids[(scaled[ids] + self._noise(position, len(scaled), ids)).argmax()])
+
+    def gap(self, logits: Logits, position: int) -> float:
+        """How near `pick` was to another token: two tokens' logits must differ by this much more, or less, to change it.
+
+        Greedy: best logit minus the second best. Sampled: the same of the perturbed scores, in the unit of the logits;
+        a token just outside `top_k` or `top_p` that would have won counts with its distance to the border. inf where
+        only one token is possible. Raises as `pick` does.
+        """
+        best = _best(logits)
+        if len(logits) == 1:
+            return math.inf
+        if self.temperature == 0:
+            second, first = np.partition(logits, -2)[-2:]
+            return float(first) - float(second)
+        scaled = self._scale(logits, best)
+        ids, before, through = _nucleus(scaled, _highest(scaled, self.top_k), self.top_p)
+        scores = scaled + self._noise(position, len(scaled), np.arange(len(scaled)))
+        winner = ids[scores[ids].argmax()]
+        lag = np.maximum(scores[winner] - scores, 0.0)
+        border = np.zeros(len(scaled))  # how far each token is from being let in
+        outside = np.ones(len(scaled), dtype=bool)
+        outside[ids] = False
+        outside &= np.isfinite(scaled)
+        leaves = math.inf  # how far the winner is from being shut out
+        if outside.any():
+            lowest, highest = scaled[ids].min(), scaled[outside].max()
+            # Moving every logit by up to e moves the log-odds of a set's probability by up to 2e, like a score's gap.
+            grows = _log_odds(through) - _log_odds(self.top_p) if self.top_p < 1 else math.inf
+            shrinks = _log_odds(self.top_p) - _log_odds(before) if self.top_p < 1 else math.inf
+            border = np.minimum(lowest - scaled, np.maximum(grows, highest - scaled))
+            leaves = min(scaled[winner] - highest, max(shrinks, scaled[winner] - lowest))
+        rivals = np.isfinite(scaled)
+        rivals[winner] = False
+        needed = np.where(outside, np.maximum(border, lag), lag)[rivals]
+        return float(min(needed.min(initial=math.inf), leaves)) * self.temperature
+
+    def _scale(self, logits: Logits, best: int) -> _Scores:
+        # Shifted before it is divided, so that no temperature, however small, makes an infinity minus an infinity.
+        with np.errstate(over="ignore"):
+            scaled: _Scores = (logits.astype(np.float64) - float(logits[best])) / self.temperature
+        return scaled
+
+    def _noise(self, position: int, vocabulary: int, ids: _Ids) -> _Scores:
+        # The raw stream of a counter-based generator is the same in every numpy; its distributions need not be.
+        raw = np.random.Philox(key=self.seed, counter=position << 64).random_raw(vocabulary)[ids]
+        uniform = ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # never 0, never 1
+        noise: _Scores = -np.log(-np.log(uniform))
+        return noise
+
+
+def _best(logits: Logits) -> int:
+    """The lowest id of the highest logit; argmax stops at a NaN, so looking at the one value finds them all."""
+    best = int(logits.argmax()) if len(logits) else -1
+    if best < 0 or not math.isfinite(logits[best]):
+        found = "none at all" if best < 0 else f"{logits[best]} at token {best}"
+        raise ModelFailed(f"no token can be chosen: the logits are {found}; check the model's weights and its dtype")
+    return best
+
+
+def _highest(scaled: _Scores, k: int) -> _Ids:
+    """Ids of the k highest, ascending; of equals at the border the lowest ids."""
+    if not 0 < k < len(scaled):
+        return np.arange(len(scaled))
+    border = np.partition(scaled, len(scaled) - k)[len(scaled) - k]
+    above = np.flatnonzero(scaled > border)
+    level = np.flatnonzero(scaled == border)
+    return np.sort(np.concatenate((above, level[: k - len(above)])))
+
+
+def _nucleus(scaled: _Scores, ids: _Ids, p: float) -> tuple[_Ids, float, float]:
+    """The fewest of `ids` that hold the share p, ascending; the share held without the last of them, and with it."""
+    if p == 1:
+        return ids, 0.0, 1.0
+    weights = np.exp(scaled[ids])
+    total = float(weights.sum())
+    # All entries below this weight together hold less than 1 - p: they need not be sorted, and mostly they are many.
+    worth = np.flatnonzero(weights >= (1 - p) * total / len(ids))
+    order = worth[np.argsort(-weights[worth], kind="stable")]
+    held = np.cumsum(weights[order]) / total
+    last = min(int(np.searchsorted(held, p)), len(held) - 1)
+    return np.sort(ids[order[: last + 1]]), float(held[last - 1]) if last else 0.0, float(held[last])
+
+
+def _log_odds(share: float) -> float:
+    if share <= 0:
+        return -math.inf
+    return math.log(share) - math.log1p(-share) if share < 1 else math.inf

@@ -1,0 +1,38 @@
+"""What serving one session took: counts, seconds, and what was cut."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, kw_only=True)
+class Statistics:
+    """Kept by the session while it runs; the `Done` event carries a copy. All times in seconds."""
+
+    prompt_tokens: int = 0
+    prompt_tokens_cut: int = 0
+    """Prompt tokens dropped on the left because the prompt was longer than the workload allows."""
+    documents_cut: int = 0
+    """Committed steps whose document was shortened to fit."""
+    new_tokens: int = 0
+    steps: int = 0
+    kb_calls: int = 0
+    """Searches of the knowledge base that this session took part in."""
+    kb_queries: int = 0
+    checked: int = 0
+    """Guesses that the knowledge base has judged."""
+    matched: int = 0
+    rollbacks: int = 0
+    wasted_tokens: int = 0
+    """Tokens decoded and then thrown away."""
+    search_s: float = 0.0
+    """Time inside those searches."""
+    busy_s: float = 0.0
+    """Time in Lookup and Generate, waiting for their turn included."""
+    time_to_first_token_s: float | None = None
+    """From admission to the first committed token."""
+    latency_s: float = 0.0
+    """From admission to the end."""
+
+    @property
+    def gamma(self) -> float | None:
+        """Share of judged guesses that were right (the paper's γ, measured); None before the first."""
+        return self.matched / self.checked if self.checked else None

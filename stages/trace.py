@@ -1,0 +1,37 @@
+"""A session's timeline as data: who worked on which step when, and what came of it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Work of one stage for one session; `end` equals `start` for an instant. Seconds of the event loop's clock."""
+
+    session: int
+    stage: str
+    start: float
+    end: float
+    step: int
+    epoch: int
+    note: str = ""
+
+
+class Trace:
+    """Collects the spans of one session; at most `limit` of them, then it only counts (`dropped`)."""
+
+    def __init__(self, session: int, limit: int = 20_000) -> None:
+        self.session = session
+        self.spans: list[Span] = []
+        self.dropped = 0
+        self._limit = limit
+
+    def span(self, stage: str, start: float, end: float, *, step: int, epoch: int, note: str = "") -> None:
+        """Note a stretch of work."""
+        if len(self.spans) < self._limit:
+            self.spans.append(Span(self.session, stage, start, end, step, epoch, note))
+        else:
+            self.dropped += 1
+
+    def mark(self, stage: str, at: float, *, step: int, epoch: int, note: str = "") -> None:
+        """Note an instant."""
+        self.span(stage, at, at, step=step, epoch=epoch, note=note)

@@ -1,0 +1,256 @@
+"""ExactDense: the true ranking, the same scores in every batch and outside the index, ties by id."""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from ralmspec.retrievers.base import Document, Query, Ranking, Vector
+from ralmspec.retrievers.dense import ExactDense
+from ralmspec.retrievers.errors import BadKnowledge, MissingExtra, RetrieverFailed
+
+if importlib.util.find_spec("faiss") is None:
+    pytest.skip("needs faiss (the extra 'local')", allow_module_level=True)
+
+NAN, INF = float("nan"), float("inf")
+
+
+class Words:
+    """Encodes a text of numbers as those numbers, and counts what it was asked for."""
+
+    def __init__(self, dimension: int) -> None:
+        self.dimension = dimension
+        self.asked: list[str] = []
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        self.asked += texts
+        return np.array([[float(word) for word in text.split()] for text in texts], dtype=np.float32)
+
+
+def documents(n: int) -> list[Document]:
+    return [Document(i, f"title {i}", f"text {i}") for i in range(n)]
+
+
+def dense(vectors: NDArray[Any], *, blas_threshold: int = 1) -> ExactDense:
+    return ExactDense(documents(len(vectors)), vectors, Words(vectors.shape[1]), blas_threshold=blas_threshold)
+
+
+def query(vector: NDArray[np.float32]) -> Query:
+    return Query(text="q", vector=vector)
+
+
+def same(one: Ranking, other: Ranking) -> bool:
+    return np.array_equal(one.ids, other.ids) and one.scores.tobytes() == other.scores.tobytes()
+
+
+def by_one_kernel(retriever: ExactDense, vector: Vector, k: int) -> Ranking:
+    """The ranking by definition: score every document, sort by (-score, id)."""
+    ids = np.arange(len(retriever))
+    scores = retriever.score(query(vector), retriever.rows(ids))
+    order = sorted(ids.tolist(), key=lambda id: (-float(scores[id]), id))[:k]
+    return Ranking(np.array(order), scores[order])
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    n=st.integers(1, 400),
+    dimension=st.integers(1, 6),
+    k=st.integers(1, 420),
+    batch=st.integers(1, 4),
+    blas_threshold=st.sampled_from([1, 1 << 30]),
+)
+@settings(deadline=None)
+def test_exact_ties_stand_by_id(seed: int, n: int, dimension: int, k: int, batch: int, blas_threshold: int) -> None:
+    """Small integers: many duplicates and ties, and products that integer arithmetic knows exactly."""
+    random = np.random.default_rng(seed)
+    vectors, queries = random.integers(-2, 3, (n, dimension)), random.integers(-2, 3, (batch, dimension))
+    retriever = dense(vectors.astype(np.float32), blas_threshold=blas_threshold)
+    rankings = retriever.search([query(q.astype(np.float32)) for q in queries], k)
+    for ranking, products in zip(rankings, queries @ vectors.T, strict=True):
+        expected = sorted(range(n), key=lambda id: (-products[id], id))[:k]
+        assert ranking.ids.tolist() == expected
+        assert ranking.scores.tolist() == products[expected].tolist()
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    spread=st.sampled_from([0.0, 1e-8, 1e-7, 1e-6, 1e-3, 1.0]),
+    k=st.sampled_from([1, 4, 20, 64]),
+    length=st.sampled_from([1e-30, 1.0, 1e10]),
+)
+@settings(max_examples=40, deadline=None)
+def test_vectors_closer_than_float32_can_tell_still_rank_by_the_one_kernel(
+    seed: int, spread: float, k: int, length: float
+) -> None:
+    random = np.random.default_rng(seed)
+    centre = random.standard_normal(96)
+    vectors = (length * (centre + spread * random.standard_normal((700, 96)))).astype(np.float32)
+    queries = random.standard_normal((5, 96), dtype=np.float32)
+    retriever = dense(vectors)
+    for q, ranking in zip(queries, retriever.search([query(q) for q in queries], k), strict=True):
+        assert same(ranking, by_one_kernel(retriever, q, k))
+
+
+@given(seed=st.integers(0, 2**32), batch=st.integers(1, 16), k=st.sampled_from([1, 4, 20, 256]))
+@settings(max_examples=40, deadline=None)
+def test_a_batch_changes_no_bit_of_any_ranking(seed: int, batch: int, k: int) -> None:
+    random = np.random.default_rng(seed)
+    vectors = random.standard_normal((1500, 384), dtype=np.float32)
+    vectors[::7] = vectors[3]  # runs of duplicates among them
+    queries = [query(q) for q in random.standard_normal((batch, 384), dtype=np.float32)]
+    retriever = dense(vectors, blas_threshold=1000)
+    for alone, together in zip(queries, retriever.search(queries, k), strict=True):
+        assert same(retriever.search([alone], k)[0], together)
+        assert together.scores.tobytes() == retriever.score(alone, retriever.rows(together.ids)).tobytes()
+
+
+def test_scores_are_inner_products_to_float32() -> None:
+    random = np.random.default_rng(0)
+    vectors = random.standard_normal((3000, 384), dtype=np.float32)
+    q = random.standard_normal(384, dtype=np.float32)
+    (ranking,) = dense(vectors).search([query(q)], 10)
+    true = vectors.astype(np.float64) @ q
+    assert ranking.ids.tolist() == np.argsort(-true)[:10].tolist()
+    assert ranking.scores == pytest.approx(true[ranking.ids], rel=1e-5)
+
+
+def test_a_search_reads_the_index_once_where_scores_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full scan is for ties; were it taken always, exactness would cost a scan a query."""
+    random = np.random.default_rng(1)
+    retriever = dense(random.standard_normal((5000, 384), dtype=np.float32))
+    scans: list[int] = []
+    monkeypatch.setattr(retriever, "_scan", lambda vector, k: scans.append(k))
+    retriever.search([query(q) for q in random.standard_normal((16, 384), dtype=np.float32)], 20)
+    assert scans == []
+
+
+def test_stored_float16_and_float32_and_files_and_arrays_serve_alike(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(2).standard_normal((9000, 8)).astype(np.float16)  # more than one chunk
+    half, single = tmp_path / "half.npy", tmp_path / "single.npy"
+    np.save(half, vectors)
+    np.save(single, vectors.astype(np.float32))
+    probe = query(np.ones(8, np.float32))
+    expected = dense(vectors).search([probe], 30)[0]
+    for stored in (half, str(single), np.asfortranarray(vectors)):
+        retriever = ExactDense(documents(9000), stored, Words(8))
+        assert same(retriever.search([probe], 30)[0], expected)
+    assert "9,000 x 8" in retriever.description
+
+
+def test_encodes_only_what_has_no_vector() -> None:
+    encoder = Words(2)
+    retriever = ExactDense(documents(3), np.eye(3, 2, dtype=np.float32), encoder)
+    kept = query(np.array([5, 6], dtype=np.float32))
+    fresh, same_object = retriever.encode([Query(text="1 2"), kept])
+    assert fresh.vector is not None
+    assert fresh.vector.tolist() == [1, 2]
+    assert same_object is kept
+    assert retriever.encode([kept]) == [kept]
+    assert encoder.asked == ["1 2"]
+
+
+def test_rows_are_copies_and_documents_are_the_passages() -> None:
+    vectors = np.arange(12, dtype=np.float32).reshape(4, 3)
+    retriever = dense(vectors)
+    rows = retriever.rows(np.array([2, 0, 2]))
+    assert rows.tolist() == [[6, 7, 8], [0, 1, 2], [6, 7, 8]]
+    rows[:] = 0
+    assert retriever.rows(np.array([2])).tolist() == [[6, 7, 8]]
+    assert retriever.rows(np.array([], dtype=np.int64)).shape == (0, 3)
+    assert retriever.document(3) == Document(3, "title 3", "text 3")
+    assert len(retriever) == 4
+    assert retriever.concurrency == 1
+
+
+@pytest.mark.parametrize("ids", [[-1], [0, 4]])
+def test_rows_of_documents_that_are_not_there_are_refused(ids: list[int]) -> None:
+    with pytest.raises(BadKnowledge, match="there are 4"):
+        dense(np.eye(4, dtype=np.float32)).rows(np.array(ids))
+
+
+def test_no_queries_no_rankings_and_k_beyond_the_corpus() -> None:
+    retriever = dense(np.eye(3, dtype=np.float32))
+    assert retriever.search([], 5) == []
+    (ranking,) = retriever.search([query(np.array([0, 1, 0], dtype=np.float32))], 50)
+    assert ranking.ids.tolist() == [1, 0, 2]
+    assert ranking.ids.dtype == np.int64
+    assert ranking.scores.dtype == np.float32
+    with pytest.raises(ValueError, match="at least 1"):
+        retriever.search([query(np.ones(3, np.float32))], 0)
+
+
+@pytest.mark.parametrize(
+    "vector", [None, [1, NAN, 0], [1, INF, 0], [-INF, 1, 0], [1, 2], [[1, 2, 3]], [3e38, 3e38, 3e38]]
+)
+def test_a_query_that_cannot_be_scored_is_refused_everywhere(vector: list[float] | None) -> None:
+    retriever = dense(np.ones((400, 3), dtype=np.float32))
+    bad = Query(text="bad", vector=None if vector is None else np.array(vector, dtype=np.float32))
+    with pytest.raises(RetrieverFailed):
+        retriever.search([query(np.ones(3, np.float32)), bad], 1)
+    with pytest.raises(RetrieverFailed):
+        retriever.score(bad, np.ones((2, 3), np.float32))
+    if vector is not None:
+        with pytest.raises(RetrieverFailed):
+            retriever.encode([bad])
+
+
+def test_an_encoder_that_answers_wrongly_is_reported() -> None:
+    retriever = dense(np.ones((2, 3), dtype=np.float32))
+    with pytest.raises(RetrieverFailed, match="not finite"):
+        retriever.encode([Query(text="nan 1 2")])
+    retriever._encoder.encode = lambda texts: np.ones((5, 3), np.float32)  # type: ignore[method-assign]
+    with pytest.raises(RetrieverFailed, match="5 vectors for 1 texts"):
+        retriever.encode([Query(text="x")])
+
+
+def test_scoring_refuses_rows_of_another_width() -> None:
+    with pytest.raises(RetrieverFailed, match=r"\[n, 3\], not \[2, 4\]"):
+        dense(np.ones((2, 3), dtype=np.float32)).score(query(np.ones(3, np.float32)), np.ones((2, 4), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (np.ones((3, 2), np.float32), "3 vectors for 4 passages"),
+        (np.ones((4, 3), np.float32), "3 wide, the query encoder's 2"),
+        (np.ones(8, np.float32), r"shape \[8\]"),
+        (np.ones((4, 2), np.float64), "holds float64"),
+        (np.array([[1, 1], [1, 1], [1, NAN], [1, 1]], np.float16), "vector 2 is not finite"),
+        (np.array([[1, 1], [INF, 1], [1, NAN], [1, 1]], np.float32), "vector 1 is not finite"),
+    ],
+)
+def test_embeddings_that_do_not_fit_are_refused(tmp_path: Path, stored: NDArray[Any], message: str) -> None:
+    np.save(tmp_path / "bad.npy", stored)
+    with pytest.raises(BadKnowledge, match=rf"bad\.npy: .*{message}"):
+        ExactDense(documents(4), tmp_path / "bad.npy", Words(2))
+    with pytest.raises(BadKnowledge, match=message):
+        ExactDense(documents(4), stored, Words(2))
+
+
+def test_embedding_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.npy"
+    np.save(whole, np.ones((4, 2), np.float32))
+    cut, text, empty, several, objects = (tmp_path / name for name in ("cut", "text", "empty", "several", "objects"))
+    cut.write_bytes(whole.read_bytes()[:-4])
+    text.write_text("no array")
+    empty.write_bytes(b"")
+    with several.open("wb") as file:
+        np.savez(file, a=np.ones(2), b=np.ones(2))
+    with objects.open("wb") as file:
+        np.save(file, np.array([{}, None], dtype=object), allow_pickle=True)
+    for path in (cut, text, empty, several, objects, tmp_path / "missing", tmp_path):
+        with pytest.raises(BadKnowledge, match=f"^{path}: "):
+            ExactDense(documents(4), path, Words(2))
+
+
+def test_without_faiss_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'ralmspec\[local\]'"):
+        dense(np.ones((1, 1), np.float32))
