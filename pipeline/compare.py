@@ -61,15 +61,15 @@ async def run(
         for name, arrangement in runs.arrangements.items()
     }
 
-    async def serve(name: str, question: Question) -> Answer:
+    async def serve(name: str, question: Question, tokens: int = max_new_tokens) -> Answer:
         async with pipelines[name] as pipeline:
             return await pipeline.complete(
-                question.question, max_new_tokens=max_new_tokens, sampling=sampling, ignore_eos=True, trace=trace
+                question.question, max_new_tokens=tokens, sampling=sampling, ignore_eos=True, trace=trace
             )
 
     progress("warming up")
     for name in pipelines:
-        await serve(name, questions[0])
+        await serve(name, questions[0], min(max_new_tokens, 4 * workload.retrieval_stride))
     for number, question in enumerate(questions):
         answers = {}
         for name in list(pipelines)[:: 1 if number % 2 == 0 else -1]:

@@ -177,6 +177,7 @@ class Runner:
     @asynccontextmanager
     async def serve(self) -> AsyncGenerator[None]:
         """Run the stages while the block runs; then drain (R11). After a death, leaving raises `EngineDead`."""
+        failure: Exception | None = None
         async with anyio.create_task_group() as tasks:
             for name, stage, inbox, outbox in self._stages:
                 self._start(tasks, name, stage, inbox, outbox)
@@ -187,12 +188,16 @@ class Runner:
             try:
                 yield
                 patience = self.limits.drain_s
+            except Exception as error:  # the caller's own; the task group would hide it in an exception group
+                failure = error
             finally:
                 with anyio.CancelScope(shield=True):
                     await self._drain(patience)
                 watch.cancel()
                 for end in self._open_ends:
                     end.close()
+        if failure is not None:
+            raise failure
         if self.dead is not None:
             raise self.dead
 

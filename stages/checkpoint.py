@@ -1,6 +1,7 @@
 """Reads a language model from a folder or the Hugging Face hub, and refuses what cannot be served as promised."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,11 +86,8 @@ def _folder_or_hub_id(path_or_hub_id: str | os.PathLike[str]) -> str:
                 f"{folder} holds {found}: save the model as safetensors (save_pretrained does) and load that"
             )
         return str(folder)
-    looks_like_path = isinstance(path_or_hub_id, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1
-    if folder.exists() or (looks_like_path and "/" in name) or isinstance(path_or_hub_id, Path) or not name:
-        raise BadModel(
-            f"there is no model folder {name!r}: check the path, or give a hub id such as 'openai-community/gpt2'"
-        )
+    if isinstance(path_or_hub_id, Path) or folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise BadModel(f"{name!r} is no model folder: check the path, or give a hub id such as 'facebook/opt-125m'")
     return name
 
 

@@ -52,7 +52,7 @@ class Sampling:
         if self.temperature == 0:
             return best
         scaled = self._scale(logits, best)
-        ids, _, _ = _nucleus(scaled, _highest(scaled, self.top_k), self.top_p)
+        ids = _nucleus(scaled, _highest(scaled, self.top_k), self.top_p)
         return int(ids[(scaled[ids] + self._noise(position, len(scaled), ids)).argmax()])
 
     def gap(self, logits: Logits, position: int) -> float:
@@ -69,20 +69,18 @@ class Sampling:
             second, first = np.partition(logits, -2)[-2:]
             return float(first) - float(second)
         scaled = self._scale(logits, best)
-        ids, before, through = _nucleus(scaled, _highest(scaled, self.top_k), self.top_p)
+        candidates = _highest(scaled, self.top_k)
+        ids = _nucleus(scaled, candidates, self.top_p)
         scores = scaled + self._noise(position, len(scaled), np.arange(len(scaled)))
         winner = ids[scores[ids].argmax()]
         lag = np.maximum(scores[winner] - scores, 0.0)
         border = np.zeros(len(scaled))  # how far each token is from being let in
-        outside = np.ones(len(scaled), dtype=bool)
+        outside = np.isfinite(scaled)
         outside[ids] = False
-        outside &= np.isfinite(scaled)
         leaves = math.inf  # how far the winner is from being shut out
         if outside.any():
             lowest, highest = scaled[ids].min(), scaled[outside].max()
-            # Moving every logit by up to e moves the log-odds of a set's probability by up to 2e, like a score's gap.
-            grows = _log_odds(through) - _log_odds(self.top_p) if self.top_p < 1 else math.inf
-            shrinks = _log_odds(self.top_p) - _log_odds(before) if self.top_p < 1 else math.inf
+            grows, shrinks = _slack(scaled, candidates, ids, self.top_p)
             border = np.minimum(lowest - scaled, np.maximum(grows, highest - scaled))
             leaves = min(scaled[winner] - highest, max(shrinks, scaled[winner] - lowest))
         rivals = np.isfinite(scaled)
@@ -123,21 +121,31 @@ def _highest(scaled: _Scores, k: int) -> _Ids:
     return np.sort(np.concatenate((above, level[: k - len(above)])))
 
 
-def _nucleus(scaled: _Scores, ids: _Ids, p: float) -> tuple[_Ids, float, float]:
-    """The fewest of `ids` that hold the share p, ascending; the share held without the last of them, and with it."""
+def _nucleus(scaled: _Scores, ids: _Ids, p: float) -> _Ids:
+    """The fewest of `ids` that hold the share p of their probability, ascending; of equals the lowest ids first."""
     if p == 1:
-        return ids, 0.0, 1.0
+        return ids
     weights = np.exp(scaled[ids])
     total = float(weights.sum())
     # All entries below this weight together hold less than 1 - p: they need not be sorted, and mostly they are many.
     worth = np.flatnonzero(weights >= (1 - p) * total / len(ids))
     order = worth[np.argsort(-weights[worth], kind="stable")]
-    held = np.cumsum(weights[order]) / total
-    last = min(int(np.searchsorted(held, p)), len(held) - 1)
-    return np.sort(ids[order[: last + 1]]), float(held[last - 1]) if last else 0.0, float(held[last])
+    last = int(np.searchsorted(np.cumsum(weights[order]), p * total))
+    return np.sort(ids[order[: last + 1]])
 
 
-def _log_odds(share: float) -> float:
-    if share <= 0:
-        return -math.inf
-    return math.log(share) - math.log1p(-share) if share < 1 else math.inf
+def _slack(scaled: _Scores, candidates: _Ids, ids: _Ids, p: float) -> tuple[float, float]:
+    """How far the nucleus `ids` is from needing one token more, and from needing one less.
+
+    As log-odds of the probability it holds: moving every logit by up to e moves them by up to 2e, like a score's gap.
+    """
+    if p == 1:
+        return math.inf, math.inf
+    share = math.log(p) - math.log1p(-p)
+    out = float(np.exp(scaled[np.setdiff1d(candidates, ids)]).sum())
+    weights = np.sort(np.exp(scaled[ids]))
+    return _log(weights.sum()) - _log(out) - share, share - _log(weights[1:].sum()) + _log(out + weights[0])
+
+
+def _log(share: float) -> float:
+    return math.log(share) if share > 0 else -math.inf

@@ -343,7 +343,7 @@ class Session:
         self._complete = False
         step.retrieved, step.certain, step.complete, step.busy_s = truth, True, False, 0.0
         step.tokens.clear()
-        if self.request.drafts:
+        if self.request.drafts and dropped:
             self._send(RolledBack, step=step.index, tokens=dropped, document=self.workload.source(truth))
         if self.trace:
             self.trace.mark("rollback", self._now(), step=step.index, epoch=self.epoch)

@@ -1,26 +1,34 @@
 """Event loops for tests: one whose clock jumps instead of waiting, and one that also shuffles what is ready.
 
 Both stand on details of asyncio's selector loop (`_ready`, `_clock_resolution`); `test_clocks.py` checks them on the
-running Python. With nothing ready and no timer left, both raise `Stuck`: a deadlock fails a test at once.
+running Python. With nothing ready and no timer left, or with no end in sight, both raise `Stuck`: a deadlock or an
+endless exchange fails a test at once.
 """
 
 import asyncio
 import random
 import selectors
 from collections import deque
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import anyio
+
+Result = TypeVar("Result")
 
 
 class Stuck(RuntimeError):
-    """Every task waits for another."""
+    """Every task waits for another, or the tasks go on for ever."""
 
 
 class _Jump(selectors.SelectSelector):
     """Adds the time that would have passed to the clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, horizon_s: float, turns: int) -> None:
         super().__init__()
         self.now = 0.0
+        self.horizon_s = horizon_s
+        self.turns = turns
 
     def select(self, timeout: float | None = None) -> list[Any]:
         ready = super().select(0)
@@ -28,14 +36,21 @@ class _Jump(selectors.SelectSelector):
             if timeout is None:
                 raise Stuck("nothing is ready and no timer runs")
             self.now += max(0.0, timeout)
+        self.turns -= 1
+        if self.now > self.horizon_s or self.turns < 0:
+            now, self.horizon_s, self.turns = self.now, 10 * self.now, 100_000  # once, so that the loop can be closed
+            raise Stuck(f"no end in sight at {now:g} s")
         return ready
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Virtual time: sleeps take none, and end exactly when they should."""
+    """Virtual time: sleeps take none, and end exactly when they should. No test needs a day of it."""
+
+    horizon_s = 86_400.0
+    turns = 2_000_000
 
     def __init__(self) -> None:
-        self.clock = _Jump()
+        self.clock = _Jump(self.horizon_s, self.turns)
         super().__init__(self.clock)
         self._clock_resolution = 1e-9
 
@@ -67,3 +82,9 @@ class ShuffledLoop(VirtualLoop):
         self.jitter = jitter
         super().__init__()
         self._ready = _Shuffled(self, self._ready)
+
+
+def run(main: Callable[..., Awaitable[Result]], *arguments: Any, seed: int | None = None) -> Result:
+    """Run `main(*arguments)` on a virtual loop of its own; with a seed, on a shuffled one."""
+    factory = VirtualLoop if seed is None else lambda: ShuffledLoop(seed)
+    return anyio.run(main, *arguments, backend_options={"loop_factory": factory})

@@ -1,6 +1,7 @@
 """A model, a knowledge base and workers whose every answer and every delay is known, for tests of the pipeline."""
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import anyio
 import numpy as np
 
 from ralmspec.retrievers.base import Document, Ids, Query, Ranking, Scores
-from ralmspec.stages.model import Frontier, Prefix
+from ralmspec.stages.model import Frontier, Prefix, Tokens
 
 VOCABULARY = 24
 END = 0
@@ -38,6 +39,7 @@ class FakeModel:
         self.seed = seed
         self.passes = 0
         self.forgotten: list[int] = []
+        self._remembered: dict[tuple[int, ...], Frontier] = {}
 
     def encode(self, text: str) -> list[int]:
         return [int(word) % VOCABULARY for word in text.split() if word.isdigit()]
@@ -47,7 +49,13 @@ class FakeModel:
 
     def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier]:
         self.passes += 1
-        return [Frontier(self.logits(prefix.tokens.tolist())) for prefix in prefixes]
+        return [self._frontier(prefix.tokens) for prefix in prefixes]
+
+    def _frontier(self, tokens: Tokens) -> Frontier:
+        seen = (int(tokens[0]), *tokens[-self.memory :].tolist())
+        if seen not in self._remembered:
+            self._remembered[seen] = Frontier(self.logits(tokens.tolist()))
+        return self._remembered[seen]
 
     def logits(self, tokens: list[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
         recent = tuple(tokens[-self.memory :])
@@ -123,10 +131,22 @@ class AlwaysMisses(FakeRetriever):
         return np.zeros(len(rows), dtype=np.float32)
 
 
+class Scattered(FakeRetriever):
+    """A query's document is drawn from its text alone, and the cache's guess has nothing to do with it."""
+
+    def _rank(self, query: Query, k: int) -> Ranking:
+        own = draw(query.text) % len(self)
+        ids = np.array([own, *(id for id in range(min(k, len(self))) if id != own)][:k], dtype=np.int64)
+        return Ranking(ids, np.arange(len(ids), 0, -1).astype(np.float32))
+
+    def score(self, query: Query, rows: Any) -> Scores:
+        return np.zeros(len(rows), dtype=np.float32)
+
+
 class VirtualWorker:
     """The worker seam without threads: the work is done at once, its delay is slept on the test's own clock.
 
-    Like a thread call it cannot be cancelled. `delay(name)` gives seconds; `fault(name)` may raise.
+    Like a thread call it cannot be cancelled. `delay(name)` gives seconds, for ever if infinite; `fault(name)` may raise.
     """
 
     def __init__(
@@ -137,20 +157,25 @@ class VirtualWorker:
         self.fault = fault
         self.running = 0
         self.log: list[tuple[float, float]] = []
+        self._abandoned = anyio.Event()
 
     async def call(self, work: Callable[..., Any], *arguments: Any) -> Any:
         start = anyio.current_time()
         self.running += 1
         try:
             with anyio.CancelScope(shield=True):
-                await anyio.sleep(self.delay(self.name))
+                if math.isinf(seconds := self.delay(self.name)):
+                    await self._abandoned.wait()
+                    raise EngineDead(f"the call to {self.name} was given up")
+                await anyio.sleep(seconds)
             self.fault(self.name)
             return work(*arguments)
         finally:
             self.running -= 1
             self.log.append((start, anyio.current_time()))
 
-    def abandon(self) -> None: ...
+    def abandon(self) -> None:
+        self._abandoned.set()
 
     def close(self, timeout_s: float) -> bool:
         return True

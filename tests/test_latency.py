@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,7 @@ class Slow:
     def __init__(self, clock: Clock, seconds: float, concurrency: int = 1) -> None:
         self.clock, self.seconds, self.concurrency = clock, seconds, concurrency
         self.running = self.most = 0
-        self.meet: threading.Barrier | None = None
+        self.pair: threading.Barrier | None = None
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -46,8 +47,9 @@ class Slow:
         with self._lock:
             self.running += 1
             self.most = max(self.most, self.running)
-        if self.meet is not None:
-            self.meet.wait(10)
+        if self.pair is not None:
+            with suppress(threading.BrokenBarrierError):
+                self.pair.wait()
         self.clock.sleep(self.seconds)
         with self._lock:
             self.running -= 1
@@ -104,10 +106,11 @@ def test_reports_call_it_simulated(clock: Clock) -> None:
     assert SetLatency(Slow(clock, 0), 0.3, 2).description == "slow; simulated latency 0.3 s a call, 2 at once"
 
 
-@pytest.mark.parametrize("inner", [1, 2])
-def test_the_real_search_keeps_to_the_inner_concurrency(clock: Clock, inner: int) -> None:
+@pytest.mark.parametrize(("inner", "patience"), [(1, 0.1), (2, 10.0)])
+def test_the_real_search_keeps_to_the_inner_concurrency(clock: Clock, inner: int, patience: float) -> None:
+    """Each inner search waits for a second one to be inside with it, for as long as its patience lasts."""
     slow = Slow(clock, 0.0, concurrency=inner)
-    slow.meet = threading.Barrier(inner)
+    slow.pair = threading.Barrier(2, timeout=patience)
     retriever = SetLatency(slow, 0.0, concurrency=4)
     threads = [threading.Thread(target=retriever.search, args=([Query(text="q")], 1)) for _ in range(4)]
     for thread in threads:
