@@ -292,7 +292,8 @@ def verify_command(
             colour = "red" if wrong else "green"
             out.print(
                 f"[{colour}]{tally.outputs} outputs of {len(arrangements)} arrangements: "
-                f"{tally.identical} identical to RaLMSeq's, {tally.explained} differ at a logged near-tie, {wrong} differ unexplained[/{colour}]"
+                f"{tally.identical} identical to RaLMSeq's, "
+                f"{tally.explained} differ at a logged near-tie, {wrong} differ unexplained[/{colour}]"
             )
             for case in tally.cases:
                 out.print(

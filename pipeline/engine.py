@@ -49,15 +49,15 @@ def open_engine(options: EngineOptions) -> Engine:
     from ralmspec.stages.transformers_model import TransformersModel
 
     quiet()
-    limit_threads(options.model_threads, options.index_threads)
+    limit_threads(options.model_threads)
     corpus = Corpus.find(options.data, options.corpus)
     encoder = SentenceEncoder(options.encoder, device=options.device)
     passages = Passages(corpus.passages)
     index: ExactDense
     if options.pad_to:
-        index = PaddedDense(passages, corpus.embeddings, encoder, pad_to=options.pad_to)
+        index = PaddedDense(passages, corpus.embeddings, encoder, pad_to=options.pad_to, threads=options.index_threads)
     else:
-        index = ExactDense(passages, corpus.embeddings, encoder)
+        index = ExactDense(passages, corpus.embeddings, encoder, threads=options.index_threads)
     retriever: Retriever = index
     description = index.description
     if options.latency_s > 0:
@@ -76,15 +76,13 @@ def quiet() -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def limit_threads(model: int, index: int) -> None:
-    """Give torch and faiss so many threads each: two spinning pools on the same cores cost a factor of ten."""
+def limit_threads(model: int) -> None:
+    """Give torch so many threads (the index takes its own): two spinning pools on the same cores cost a factor of ten."""
     try:
-        import faiss
         import torch
     except ImportError:
         raise MissingExtra("serving a local model needs: pip install 'ralmspec[local]'") from None
     torch.set_num_threads(model)
-    faiss.omp_set_num_threads(index)
 
 
 def choose_questions(corpus: Corpus, sets: Sequence[str], count: int) -> list[tuple[str, Question]]:

@@ -11,11 +11,11 @@ from ralmspec.retrievers.base import Query
 from .engine import Engine
 
 
-def overlap_efficiency(engine: Engine, seconds: float = 1.0) -> dict[str, float]:
+def overlap_efficiency(engine: Engine, seconds: float = 0.5) -> dict[str, float]:
     """Time decoding and searching, first one after the other, then in two threads at once.
 
     `efficiency` = (alone_1 + alone_2 − together) / min(alone_1, alone_2): 1 means that the shorter work was free, 0 or
-    less that two threads were no faster than one. Blocking; about four times `seconds`.
+    less that two threads were no faster than one. Blocking; about twelve times `seconds`.
     """
     from ralmspec.stages.model import Prefix
 
@@ -34,14 +34,10 @@ def overlap_efficiency(engine: Engine, seconds: float = 1.0) -> dict[str, float]
         work()
     counts = [max(1, round(seconds / _once(work))) for work in (decode, search)]
     works = [_repeat(decode, counts[0]), _repeat(search, counts[1])]
-    alone = [_once(work) for work in works]
-    threads = [threading.Thread(target=work) for work in works]
-    start = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    together = time.perf_counter() - start
+    alone, together = [float("inf"), float("inf")], float("inf")
+    for _ in range(3):  # the best of three: other programs only ever add time
+        alone = [min(best, _once(work)) for best, work in zip(alone, works, strict=True)]
+        together = min(together, _once(lambda: _side_by_side(works)))
     engine.model.forget(session)
     return {
         "decode_alone_s": alone[0] / counts[0],
@@ -56,6 +52,14 @@ def _repeat(work: Callable[[], None], count: int) -> Callable[[], None]:
             work()
 
     return repeated
+
+
+def _side_by_side(works: list[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=work) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def _once(work: Callable[[], None]) -> float:

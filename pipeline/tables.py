@@ -13,7 +13,8 @@ def comparison_table(rows: list[Row], facts: dict[str, Any]) -> Table:
     table = Table(
         title=f"{facts['questions']} questions, {facts['max_new_tokens']} tokens each{simulated}",
         caption=f"{facts['retriever']}\n"
-        f"a = {facts['a_s'] * 1e3:.0f} ms a step, b = {facts['b_s'] * 1e3:.0f} ms a search, b/a = {facts['b_over_a']:.2f}; "
+        f"a = {facts['a_s'] * 1e3:.0f} ms a step, b = {facts['b_s'] * 1e3:.0f} ms a search, "
+        f"b/a = {facts['b_over_a']:.2f}; "
         f"two threads on these cores overlap by {facts['overlap']['efficiency']:.2f}",
     )
     for column in (

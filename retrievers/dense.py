@@ -45,6 +45,9 @@ class ExactDense:
     to float32 in memory. `passages` and vectors that do not fit raise `BadKnowledge`, a query whose vector is missing,
     misshapen, not finite or too long raises `RetrieverFailed`.
 
+    `threads` share the queries of one search. faiss keeps that number per calling thread, so it is set at every call; a
+    query and the scores of a few documents never take more than one.
+
     `blas_threshold`: faiss turns to BLAS when queries × dimension reaches this. The switch belongs to the whole
     process, and constructing this class sets it. faiss's own 128,000 makes a batch of 16 as dear as 16 searches.
     """
@@ -57,14 +60,18 @@ class ExactDense:
         embeddings: str | Path | NDArray[Any],
         encoder: QueryEncoder,
         *,
-        blas_threshold: int = 1000,
+        threads: int = 1,
+        blas_threshold: int = 2000,
     ) -> None:
         try:
             import faiss
         except ImportError:
             raise MissingExtra("ExactDense needs: pip install 'ralmspec[local]'") from None
+        if threads < 1:
+            raise ValueError(f"a search needs at least 1 thread, not {threads}")
         self._faiss: Any = faiss
-        if hasattr(faiss.cvar, "distance_compute_blas_threshold"):  # faiss before 1.8 has no such switch
+        self._threads = threads
+        if hasattr(faiss.cvar, "distance_compute_blas_threshold"):  # not every build shows it
             faiss.cvar.distance_compute_blas_threshold = blas_threshold
         self._passages = passages
         self._encoder = encoder
@@ -110,6 +117,7 @@ class ExactDense:
         fetch = k + max(8, k // 8)  # the spare ones put distance between the k-th and what was left out
         if fetch >= len(self._vectors):
             return [self._scan(vector, k) for vector in vectors]
+        self._faiss.omp_set_num_threads(self._threads)
         approximate, candidates = self._faiss.knn(
             vectors, self._vectors, fetch, metric=self._faiss.METRIC_INNER_PRODUCT
         )
@@ -149,6 +157,7 @@ class ExactDense:
         """The one kernel: queries [n, d] with rows[ids], ids [n, m] -> [n, m]. All contiguous, every id in rows."""
         (n, m), pointer = ids.shape, self._faiss.swig_ptr
         products = np.empty((n, m), dtype=np.float32)
+        self._faiss.omp_set_num_threads(1)  # too little work to wake a team of threads for
         self._faiss.fvec_inner_products_by_idx(
             pointer(products), pointer(queries), pointer(rows), pointer(ids), self._dimension, n, m
         )

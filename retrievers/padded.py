@@ -38,9 +38,10 @@ class PaddedDense(ExactDense):
         noise: float = 0.5,
         norm: float = 0.25,
         seed: int = 0,
-        blas_threshold: int = 1000,
+        threads: int = 1,
+        blas_threshold: int = 2000,
     ) -> None:
-        super().__init__(passages, embeddings, encoder, blas_threshold=blas_threshold)
+        super().__init__(passages, embeddings, encoder, threads=threads, blas_threshold=blas_threshold)
         if pad_to < len(passages):
             raise ValueError(f"cannot pad {len(passages)} passages to {pad_to} vectors")
         self._norm = norm

@@ -73,20 +73,17 @@ class Sampling:
         ids = _nucleus(scaled, candidates, self.top_p)
         scores = scaled + self._noise(position, len(scaled), np.arange(len(scaled)))
         winner = ids[scores[ids].argmax()]
-        lag = np.maximum(scores[winner] - scores, 0.0)
-        border = np.zeros(len(scaled))  # how far each token is from being let in
+        needed = np.maximum(scores[winner] - scores, 0.0)
         outside = np.isfinite(scaled)
+        rivals = outside.copy()
         outside[ids] = False
-        leaves = math.inf  # how far the winner is from being shut out
-        if outside.any():
-            lowest, highest = scaled[ids].min(), scaled[outside].max()
-            grows, shrinks = _slack(scaled, candidates, ids, self.top_p)
-            border = np.minimum(lowest - scaled, np.maximum(grows, highest - scaled))
-            leaves = min(scaled[winner] - highest, max(shrinks, scaled[winner] - lowest))
-        rivals = np.isfinite(scaled)
+        lowest, highest = scaled[ids].min(), scaled[outside].max(initial=-math.inf)
+        grows, shrinks = _slack(scaled, candidates, ids, self.top_p)
+        enters = np.minimum(lowest - scaled[outside], np.maximum(grows, highest - scaled[outside]))
+        leaves = min(scaled[winner] - highest, max(shrinks, scaled[winner] - lowest))
+        needed[outside] = np.maximum(needed[outside], enters)
         rivals[winner] = False
-        needed = np.where(outside, np.maximum(border, lag), lag)[rivals]
-        return float(min(needed.min(initial=math.inf), leaves)) * self.temperature
+        return float(min(needed[rivals].min(initial=math.inf), leaves)) * self.temperature
 
     def _scale(self, logits: Logits, best: int) -> _Scores:
         # Shifted before it is divided, so that no temperature, however small, makes an infinity minus an infinity.
@@ -129,7 +126,7 @@ def _nucleus(scaled: _Scores, ids: _Ids, p: float) -> _Ids:
     total = float(weights.sum())
     # All entries below this weight together hold less than 1 - p: they need not be sorted, and mostly they are many.
     worth = np.flatnonzero(weights >= (1 - p) * total / len(ids))
-    order = worth[np.argsort(-weights[worth], kind="stable")]
+    order = worth[np.argsort(-scaled[ids[worth]], kind="stable")]
     last = int(np.searchsorted(np.cumsum(weights[order]), p * total))
     return np.sort(ids[order[: last + 1]])
 

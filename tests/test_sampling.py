@@ -13,13 +13,13 @@ from ralmspec.stages.sampling import Sampling
 logits_of = arrays.arrays(
     st.sampled_from([np.float32, np.float64]),
     st.integers(1, 40),
-    elements=st.one_of(st.integers(-4, 4), st.floats(-20, 20, width=32)),
+    elements=st.one_of(st.integers(-4, 4), st.integers(-1280, 1280).map(lambda n: n / 64)),
 )
 samplings = st.builds(
     Sampling,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
     top_k=st.integers(0, 6),
-    top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+    top_p=st.sampled_from([0.07, 0.437, 0.87, 1.0]),
     seed=st.integers(0, 2**64 - 1),
 )
 
