@@ -26,7 +26,7 @@ DEMO = Path(__file__).parent / "demo"
 
 @dataclass(slots=True)
 class Cited:
-    """What one session has cited: document ids with their numbers and titles, and its newest step."""
+    """What one session has cited, (number, title) by document id, and its newest step."""
 
     numbers: dict[int, tuple[int, str]] = field(default_factory=dict)
     newest: Committed | None = None
@@ -35,8 +35,8 @@ class Cited:
 class Citations:
     """Marks where text begins to come from another document, and lists the documents before the session's end.
 
-    One instance serves all sessions of one pipeline, whose events arrive mixed; so what it knows is kept by session id,
-    and dropped at `Done`, which every session has, however it ends.
+    One instance serves all sessions of one pipeline, whose events arrive mixed. So what it knows is kept by session
+    id, and dropped at `Done`, which every session has, however it ends.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Citations:
                 cited = self.open.pop(event.session, Cited())
                 if cited.newest is not None:
                     lines = [f"[{number}] {title} (passage {id})" for id, (number, title) in cited.numbers.items()]
-                    # It stands in the place of the end, which follows at once: a serial tells how far a caller has read.
+                    # With the end's own serial (by which a reader's progress is known): the end follows at once.
                     yield replace(cited.newest, serial=event.serial, text="\n\n" + "\n".join(lines), tokens=())
             case Done():
                 self.open.pop(event.session, None)

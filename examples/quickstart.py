@@ -35,11 +35,11 @@ async def answer(question: str, max_new_tokens: int) -> None:
             match event:
                 case Committed(text=text, document=document):
                     print(f"{text!r:40} [{document.id}] {document.title}, score {document.score:.3f}")
-                case Done(statistics=took):
+                case Done(statistics=s):
                     print(
-                        f"{took.new_tokens} tokens in {took.latency_s:.2f} s: {took.steps} steps, {took.kb_calls} searches, "
-                        f"{took.matched} of {took.checked} guesses right, {took.rollbacks} rollbacks"
+                        f"{s.new_tokens} tokens in {s.latency_s:.2f} s, the first after {s.time_to_first_token_s:.2f} s"
                     )
+                    print(f"{s.steps} steps, {s.kb_calls} searches, {s.matched} of {s.checked} guesses right")
 
 
 def main(

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ralmspec.retrievers.errors import RalmspecError
 from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.in_context import InContext
+from ralmspec.stages.messages import Committed
 from ralmspec.stages.sampling import Sampling
 from ralmspec.stages.stride import OS3, StrideSettings
 
@@ -74,7 +75,9 @@ def ask(
     prefetch: Annotated[int, typer.Option(min=1, help="Documents that every search brings.")] = 20,
     asynchronous: Annotated[bool, typer.Option("--async/--sync", help="Verify beside decoding, or between.")] = True,
     sequential: Annotated[bool, typer.Option("--sequential", help="Do not speculate at all.")] = False,
-    drafts: Annotated[bool, typer.Option("--drafts", help="Also show drafts (dim) and rollbacks (red).")] = False,
+    drafts: Annotated[
+        bool, typer.Option("--drafts", help="On a terminal, also show drafts (dim) and what is retracted (struck out).")
+    ] = False,
     sources: Annotated[bool, typer.Option("--sources", help="List the documents at the end.")] = False,
     retriever_latency: LatencyOption = 0.0,
     retriever_concurrency: ConcurrencyOption = 1,
@@ -106,10 +109,17 @@ def ask(
             pipeline,
             pipeline.session(question, max_new_tokens=max_new_tokens, sampling=sampling, drafts=drafts) as session,
         ):
-            with Live(transcript, console=out, auto_refresh=False, vertical_overflow="visible") as live:
+            if drafts and out.is_terminal:
+                with Live(transcript, console=out, auto_refresh=False, vertical_overflow="visible") as live:
+                    async for event in session:
+                        transcript.show(event)
+                        live.update(transcript, refresh=True)
+            else:  # what is committed is never taken back, so it can go to a file or another program at once
                 async for event in session:
                     transcript.show(event)
-                    live.update(transcript, refresh=True)
+                    if isinstance(event, Committed):
+                        out.print(event.text, end="", markup=False, highlight=False, soft_wrap=True)
+                out.print()
         s = session.statistics
         out.print(
             f"[dim]{s.new_tokens} tokens in {s.latency_s:.2f} s (first after {s.time_to_first_token_s or 0:.2f} s), "

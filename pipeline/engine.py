@@ -77,7 +77,7 @@ def quiet() -> None:
 
 
 def limit_threads(model: int) -> None:
-    """Give torch so many threads (the index takes its own): two spinning pools on the same cores cost a factor of ten."""
+    """Give torch so many threads (the index has its own): pools that spin on the same cores cost a factor of ten."""
     try:
         import torch
     except ImportError:

@@ -47,7 +47,8 @@ def read(path_or_hub_id: str | os.PathLike[str], *, device: str, dtype: str) -> 
         config = transformers.AutoConfig.from_pretrained(where, **safe)
     _check_family(where, config)
     with _quiet(), _reading(where, "the weights"):
-        network, report = transformers.AutoModelForCausalLM.from_pretrained(
+        reader: Any = transformers.AutoModelForCausalLM
+        network, report = reader.from_pretrained(
             where, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **safe
         )
     if missing := sorted(report["missing_keys"]):
@@ -58,7 +59,9 @@ def read(path_or_hub_id: str | os.PathLike[str], *, device: str, dtype: str) -> 
     with _quiet(), _reading(where, "the tokenizer"):
         fast = transformers.AutoTokenizer.from_pretrained(where, **safe)
         end_tokens = token_set(network.generation_config.eos_token_id, config.eos_token_id)
-        tokenizer = PlainTokenizer(fast.backend_tokenizer, {*fast.all_special_ids, *end_tokens})
+        # An end that is an ordinary word (a line feed, say) stays one: dropping it would change the text.
+        special = {*fast.all_special_ids, *(end_tokens & set(fast.get_added_vocab().values()))}
+        tokenizer = PlainTokenizer(fast.backend_tokenizer, special)
         start_tokens = tokenizer.start_tokens()
     if not 0 < tokenizer.largest_id < config.vocab_size:
         raise BadModel(
@@ -74,7 +77,7 @@ def read(path_or_hub_id: str | os.PathLike[str], *, device: str, dtype: str) -> 
 def _folder_or_hub_id(path_or_hub_id: str | os.PathLike[str]) -> str:
     name = os.fspath(path_or_hub_id)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise BadModel(f"{folder} holds no config.json: give the folder that transformers' save_pretrained wrote")
         if not list(folder.glob("*.safetensors")):
@@ -144,8 +147,9 @@ def _reading(where: str, what: str) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars from transformers while this is open."""
-    from transformers.utils import logging
+    import transformers
 
+    logging: Any = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""The KV memory of every session: a few slots each, found by the longest token prefix that they share with a request."""
+"""The KV memory of every session: a few slots each, found by the longest token prefix shared with a request."""
 
 import threading
 from collections.abc import Callable

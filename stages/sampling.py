@@ -56,7 +56,7 @@ class Sampling:
         return int(ids[(scaled[ids] + self._noise(position, len(scaled), ids)).argmax()])
 
     def gap(self, logits: Logits, position: int) -> float:
-        """How near `pick` was to another token: two tokens' logits must differ by this much more, or less, to change it.
+        """How near `pick` was to another token: two logits must move against each other by this much to change it.
 
         Greedy: best logit minus the second best. Sampled: the same of the perturbed scores, in the unit of the logits;
         a token just outside `top_k` or `top_p` that would have won counts with its distance to the border. inf where

@@ -120,7 +120,7 @@ class TransformersModel:
             ) from error
         if not np.isfinite(logits).all():
             raise ModelFailed(
-                f"the logits after a prefix of {len(tokens)} tokens are not finite: check the weights, or use a wider dtype"
+                f"the logits of a prefix of {len(tokens)} tokens are not finite: check the weights, or widen the dtype"
             )
         self._slots.put(session, slot, tokens)
         self.forward_passes += 1

@@ -8,8 +8,9 @@ endless exchange fails a test at once.
 import asyncio
 import random
 import selectors
+import types
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
 import anyio
@@ -88,3 +89,23 @@ def run(main: Callable[..., Awaitable[Result]], *arguments: Any, seed: int | Non
     """Run `main(*arguments)` on a virtual loop of its own; with a seed, on a shuffled one."""
     factory = VirtualLoop if seed is None else lambda: ShuffledLoop(seed)
     return anyio.run(main, *arguments, backend_options={"loop_factory": factory})
+
+
+@types.coroutine
+def interrupted(coroutine: Coroutine[Any, Any, None], at: int, act: Callable[[], object]) -> Generator[Any, Any, int]:
+    """Runs a coroutine and acts on it when it is suspended for the `at`-th time; how often it was suspended."""
+    suspensions = 0
+    resume: Callable[[Any], Any] = coroutine.send
+    answer: Any = None
+    while True:
+        try:
+            pause = resume(answer)
+        except StopIteration:
+            return suspensions
+        suspensions += 1
+        if suspensions == at:
+            act()
+        try:
+            answer, resume = (yield pause), coroutine.send
+        except BaseException as error:
+            answer, resume = error, coroutine.throw

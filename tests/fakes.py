@@ -9,6 +9,7 @@ from typing import Any
 import anyio
 import numpy as np
 
+from ralmspec.pipeline.errors import EngineDead
 from ralmspec.retrievers.base import Document, Ids, Query, Ranking, Scores
 from ralmspec.stages.model import Frontier, Prefix, Tokens
 
@@ -74,7 +75,7 @@ class FakeRetriever:
     A query's vector counts its last tokens; `drift` of them change from step to step, so documents repeat.
     """
 
-    concurrency = 1
+    concurrency: int = 1
     description = "fake"
 
     def __init__(self, *, documents: int = 12, dimension: int = 6, seed: int = 0, spread: int = 3) -> None:
@@ -146,7 +147,8 @@ class Scattered(FakeRetriever):
 class VirtualWorker:
     """The worker seam without threads: the work is done at once, its delay is slept on the test's own clock.
 
-    Like a thread call it cannot be cancelled. `delay(name)` gives seconds, for ever if infinite; `fault(name)` may raise.
+    Like a thread call it cannot be cancelled. `delay(name)` gives seconds (for ever, if infinite), `fault(name)` may
+    raise.
     """
 
     def __init__(
@@ -179,6 +181,21 @@ class VirtualWorker:
 
     def close(self, timeout_s: float) -> bool:
         return True
+
+
+class Workers:
+    """Makes the workers of one pipeline and keeps them at hand; `seconds` of each name may change meanwhile."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
+        self.made: dict[str, VirtualWorker] = {}
+
+    def __call__(self, name: str, threads: int) -> VirtualWorker:
+        self.made[name] = VirtualWorker(name, lambda name: self.seconds.get(name, 0.0))
+        return self.made[name]
+
+    def __getitem__(self, name: str) -> VirtualWorker:
+        return self.made[name]
 
 
 def fixed(**seconds: float) -> Callable[[str, int], VirtualWorker]:

@@ -19,6 +19,7 @@ from anyio import EndOfStream
 from clocks import run
 from fakes import FakeModel, FakeRetriever, Scattered, VirtualWorker, draw
 from oracle import sequential
+
 from ralmspec.pipeline import (
     OS3,
     Arrangement,
@@ -213,7 +214,7 @@ class Client:
                 break
             except Overloaded as refusal:
                 self.tally["overloaded"] += 1
-                await anyio.sleep(refusal.retry_after_s * chance.uniform(0.1, 3))
+                await anyio.sleep(refusal.retry_after_s * chance.uniform(0.1, 8))
 
         complete = isinstance(self.ends[0], Done)
         assert len(self.ends) == 1, f"ended more than once: {self.ends}"
@@ -360,6 +361,7 @@ def simulate(luck: Luck) -> Counter[str]:
     tally: Counter[str] = Counter()
     world = World.of(chance.choice(list(RETRIEVERS)), chance.randrange(3), chance.choice((2, 3)))
     arrangement = luck.arrangement or chance.choice(ARRANGEMENTS)
+    world.retriever.concurrency = chance.choice((1, 1, 2, 4))
     delay = delays(chance)
     rate = chance.choice((0.0, 0.0, 0.003, 0.03)) if luck.faults is None else luck.faults
     dies = chance.random() < 1 / 8 if luck.dies is None else luck.dies

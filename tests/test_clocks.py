@@ -105,7 +105,7 @@ def test_an_endless_exchange_is_seen(monkeypatch: pytest.MonkeyPatch, pause_s: f
     monkeypatch.setattr(VirtualLoop, "turns", 5_000)
 
     async def scenario() -> None:
-        while True:
+        while True:  # noqa: ASYNC110 (the point of it)
             await anyio.sleep(pause_s)
 
     with pytest.raises(Stuck, match="no end in sight"):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+
 from ralmspec.stages.errors import ModelFailed
 from ralmspec.stages.sampling import Sampling
 
@@ -33,12 +34,12 @@ def kept(sampling, logits):
     """The tokens that top-k and top-p leave, by sorting everything; equals in order of their ids."""
     order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: sampling.top_k or None]
     shares = softmax(logits.astype(np.float64)[order] / sampling.temperature)
-    together, last = 0.0, 0
-    for last, share in enumerate(shares):
+    together, left = 0.0, []
+    for token, share in zip(order, shares, strict=True):
+        if together < sampling.top_p:
+            left.append(token)
         together += share
-        if together >= sampling.top_p:
-            break
-    return sorted(order[: last + 1])
+    return sorted(left)
 
 
 def chi_square(picks, probabilities):
