@@ -48,19 +48,20 @@ class Synchronous:
     def __post_init__(self) -> None:
         if self.prefetch < 1:
             raise ValueError(f"prefetch={self.prefetch}: a search brings at least 1 document")
-        if isinstance(self.speculation_stride, int):
-            object.__setattr__(self, "speculation_stride", FixedStride(self.speculation_stride))
+        self._settings()  # a number that is no stride is refused here
+
+    def _settings(self) -> StrideSettings:
+        stride = self.speculation_stride
+        return FixedStride(stride) if isinstance(stride, int) else stride
 
     @property
     def window(self) -> int:
         """A stride of drafts, and the step whose check closes the batch."""
-        assert not isinstance(self.speculation_stride, int)
-        return self.speculation_stride.longest + 1
+        return self._settings().longest + 1
 
     def stride(self) -> Stride:
         """A scheduler that knows that verification does not overlap."""
-        assert not isinstance(self.speculation_stride, int)
-        return self.speculation_stride.start(asynchronous=False)
+        return self._settings().start(asynchronous=False)
 
     def may_draft(self, outlook: Outlook) -> bool:
         """While nothing is being verified."""
@@ -77,8 +78,7 @@ class Asynchronous(Synchronous):
 
     def stride(self) -> Stride:
         """A scheduler that knows that verification overlaps."""
-        assert not isinstance(self.speculation_stride, int)
-        return self.speculation_stride.start(asynchronous=True)
+        return self._settings().start(asynchronous=True)
 
     def may_draft(self, outlook: Outlook) -> bool:
         """Also beside a verification, if it is this step's own."""

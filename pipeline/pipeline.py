@@ -12,8 +12,8 @@ from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.in_context import InContext
 from ralmspec.stages.messages import Committed, Done, Event
 from ralmspec.stages.model import LanguageModel
+from ralmspec.stages.request import Request
 from ralmspec.stages.sampling import Sampling
-from ralmspec.stages.session import Request
 from ralmspec.stages.stage import Stage, Worker
 from ralmspec.stages.workload import Workload
 

@@ -4,22 +4,25 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Self
 
 import anyio
 from anyio import create_memory_object_stream
 from anyio.abc import TaskGroup
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from ralmspec.retrievers.base import Retriever
 from ralmspec.retrievers.cache import SessionCache
 from ralmspec.stages.arrangement import Arrangement
+from ralmspec.stages.errors import InvariantBroken, WorkerLost
 from ralmspec.stages.generate import Generate
 from ralmspec.stages.lookup import Lookup
-from ralmspec.stages.messages import Event, Turn
+from ralmspec.stages.messages import Event, Place, Turn
 from ralmspec.stages.model import LanguageModel
 from ralmspec.stages.prefetch import Prefetch
-from ralmspec.stages.session import Request, Session, Status
-from ralmspec.stages.stage import Inbox, Outbox, Stage, Worker
+from ralmspec.stages.request import Request, Status
+from ralmspec.stages.session import Session
+from ralmspec.stages.stage import Inbox, Outbox, Stage, Worker, take
 from ralmspec.stages.switch import Sink, Switch
 from ralmspec.stages.verify import Verify
 from ralmspec.stages.workload import BoundWorkload
@@ -48,6 +51,13 @@ class Limits:
         for name in ("sessions", "cached_documents", "unread_events"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Limits({name}={getattr(self, name)}): must be at least 1")
+        for name in ("stall_s", "call_s", "drain_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Limits({name}={getattr(self, name)}): must be above 0")
+
+
+_SESSION_IDS: Iterator[int] = count(1)
+"""Never used again, also not by another pipeline that shares the model and its KV memory (R4)."""
 
 
 class Runner:
@@ -70,54 +80,45 @@ class Runner:
         self._retriever = retriever
         self._workload = workload
         self._arrangement = arrangement
-        self._accepting = False
-        self._ids: Iterator[int] = count(1)
+        self._opened = self._accepting = False
         self._changed = anyio.Event()
         self._scopes: list[anyio.CancelScope] = []
         self._running = 0
         self._mean_session_s = 1.0
 
-        searches = max(1, retriever.concurrency)
-        self._workers: dict[str, Worker] = {
-            name: worker(name, threads)
-            for name, threads in (("model", 1), ("encoder", 1), ("index", searches), ("prefetch", 1))
-        }
-        n = limits.sessions
-        lookup_in, lookup = create_memory_object_stream[Turn](n)
-        generate_in, generate = create_memory_object_stream[Turn](n)
-        verify_in, verify = create_memory_object_stream[Turn](n)
-        prefetch_in, prefetch = create_memory_object_stream[Turn](n)
-        # What a session may have unread, and what the work in flight can still add to it: commits and retractions.
-        events = n * (limits.unread_events + 4 * arrangement.window + 4)
-        ends: list[Any] = [create_memory_object_stream[Event](events) for _ in range(len(output) + 1 if output else 0)]
+        inboxes, outboxes = {}, {}
+        for place in (Place.LOOKUP, Place.GENERATE, Place.VERIFY, Place.PREFETCH):
+            outboxes[place], inboxes[place] = create_memory_object_stream[Turn](limits.sessions)  # R7
+        # A session may have so much unread, and what is in flight can still add a commit and a retraction a step.
+        events = limits.sessions * (limits.unread_events + 2 * arrangement.window + 2)
+        path = [create_memory_object_stream[Event](events) for _ in range(len(output) + 1 if output else 0)]
         self.switch = Switch(
-            lookup=lookup_in,
-            generate=generate_in,
-            verify=verify_in,
-            prefetch=prefetch_in,
-            output=ends[0][0] if output else None,
-            now=anyio.current_time,
-            released=self._released,
+            outboxes, output=path[0][0] if path else None, now=anyio.current_time, released=self._released
         )
-        self._open_ends: list[Any] = [lookup_in, generate_in, verify_in, prefetch_in]
+        self._sources: list[MemoryObjectSendStream[Any]] = [*outboxes.values(), *(ends[0] for ends in path[:1])]
 
+        searches = max(1, retriever.concurrency)
+        threads = {"model": 1, "encoder": 1, "index": searches, "prefetch": 1}
+        self._workers = {name: worker(name, number) for name, number in threads.items()}
         live, now, workers = self.switch.live, anyio.current_time, self._workers
         k = max(arrangement.prefetch, workload.top_k)
         keep = workload.top_k if arrangement.guesses else 0
-        self._stages: list[tuple[str, Stage[Any, Any], Any, Any]] = [
-            ("lookup", Lookup(live, retriever, workers["encoder"], now), lookup, self.switch),
-            ("generate", Generate(live, model, workload, workers["model"], now), generate, self.switch),
-            ("prefetch", Prefetch(live, retriever, workers["prefetch"], now), prefetch, self.switch),
-        ]
-        asking = Verify(live, retriever, workers["index"], now, k=k, keep=keep)
-        self._stages += [("verify", asking, verify.clone(), self.switch) for _ in range(searches)]
-        verify.close()
-        for place, stage in enumerate(output):
-            name = type(stage).__name__
-            self._stages.append((name, stage, ends[place][1], ends[place + 1][0]))
+        cycle: dict[Place, Stage[Turn, Session]] = {
+            Place.LOOKUP: Lookup(live, retriever, workers["encoder"], now),
+            Place.GENERATE: Generate(live, model, workload, workers["model"], now),
+            Place.VERIFY: Verify(live, retriever, workers["index"], now, k=k, keep=keep),
+            Place.PREFETCH: Prefetch(live, retriever, workers["prefetch"], now),
+        }
+        self._stages: list[tuple[str, Stage[Any, Any], Any, Any]] = []
+        for place, stage in cycle.items():
+            for _ in range(searches if place is Place.VERIFY else 1):
+                self._stages.append((place.value, stage, inboxes[place].clone(), self.switch))
+            inboxes[place].close()
+        for number, output_stage in enumerate(output):
+            inbox = PickUp(path[number][1], self.switch) if number == 0 else path[number][1]
+            self._stages.append((type(output_stage).__name__, output_stage, inbox, path[number + 1][0]))
         if output:
-            self._open_ends.append(ends[0][0])
-            self._stages.append(("output", Delivery(self.switch), ends[-1][1], self.switch))
+            self._stages.append(("delivery", Delivery(self.switch), path[-1][1], self.switch))
 
     @property
     def accepting(self) -> bool:
@@ -126,12 +127,11 @@ class Runner:
 
     # Admission -----------------------------------------------------------------------------------------------------
 
-    def admit(self, request: Request) -> tuple[Session, Sink]:
+    def admit(self, request: Request) -> Sink:
         """Take a slot and begin, all in one section (R1). Raises `Overloaded`, `NotServing` or `EngineDead`."""
         self.refuse_if_closed()
-        session_id = next(self._ids)  # never used again (R4)
         session = Session(
-            session_id,
+            next(_SESSION_IDS),
             request,
             workload=self._workload,
             arrangement=self._arrangement,
@@ -140,24 +140,23 @@ class Runner:
             emit=self.switch.emit,
             now=anyio.current_time,
         )
-        sink = Sink()
-        self.switch.live[session_id] = session
-        self.switch.sinks[session_id] = sink
-        self.switch.send_nowait(session)
+        sink = self.switch.register(session)
         self._change()
-        return session, sink
+        return sink
 
     def refuse_if_closed(self) -> None:
         """Raise what `admit` would raise now."""
         if self.dead is not None:
-            raise self.dead
-        if not self._accepting:
+            raise EngineDead(str(self.dead)) from self.dead
+        if not self._opened:
             raise NotServing("the pipeline is not open: enter it with `async with`, and open sessions inside")
+        if not self._accepting:
+            raise NotServing("the pipeline is closing, or closed: it takes no new sessions")
         if len(self.switch.live) >= self.limits.sessions:
             message = f"all {self.limits.sessions} slots are taken: try again later, or raise Limits(sessions=...)"
             raise Overloaded(message, retry_after_s=self._mean_session_s)
 
-    def end(self, session: Session, status: Status, error: BaseException | None = None) -> None:
+    def end(self, session: Session, status: Status, error: BaseException) -> None:
         """Finish a session from outside the stages, and let go of what is not out."""
         session.finish(status, error)
         self.switch.send_nowait(session)
@@ -183,7 +182,7 @@ class Runner:
                 self._start(tasks, name, stage, inbox, outbox)
             watch = anyio.CancelScope()
             tasks.start_soon(self._watch, watch)
-            self._accepting = True
+            self._opened = self._accepting = True
             patience = 0.0
             try:
                 yield
@@ -194,8 +193,8 @@ class Runner:
                 with anyio.CancelScope(shield=True):
                     await self._drain(patience)
                 watch.cancel()
-                for end in self._open_ends:
-                    end.close()
+                for source in self._sources:
+                    source.close()
         if failure is not None:
             raise failure
         if self.dead is not None:
@@ -211,18 +210,15 @@ class Runner:
                 with scope, inbox:
                     await stage.run(inbox, outbox)
                     if self._accepting or self.switch.live:
-                        raise EngineDead(f"the stage {name} returned although its inbox was open")
-            except anyio.get_cancelled_exc_class():
-                raise
+                        raise InvariantBroken(f"the stage {name} returned although its inbox was open")
             except Exception as error:
-                self._die(name, error)
+                self._die(f"the stage {name} died of {type(error).__name__}: {error}", error)
             finally:
                 if outbox is not self.switch:
                     outbox.close()  # the end travels down the output path by itself
                 self._running -= 1
                 if self._running == 0:
                     self._bury()
-                self._change()
 
         tasks.start_soon(live, name=f"ralmspec {name}")
 
@@ -236,61 +232,93 @@ class Runner:
         with anyio.move_on_after(self.limits.call_s):
             await self._emptied()
         if self.switch.live:  # a call hangs: stop waiting for it, and for whoever waits for it
-            self._die("drain", EngineDead(f"calls did not end: {[s.id for s in self.switch.live.values()]}"))
+            self._die("calls that were running did not end", WorkerLost(f"{list(self.switch.live.values())}"))
             for worker in self._workers.values():
                 worker.abandon()
             await self._emptied()
         for worker in self._workers.values():
-            worker.close(0.0 if self.dead else self.limits.call_s)
+            worker.close(0.0 if self.dead else 1.0)  # nothing runs in them, unless the engine died of a hung call
 
     async def _emptied(self) -> None:
         while self.switch.live:
             await self._changed.wait()
 
-    def _die(self, name: str, error: BaseException) -> None:
+    def _die(self, why: str, error: BaseException) -> None:
         """A stage is dead, so the engine is (R10): fail every session, stop every stage, refuse new ones."""
         if self.dead is None:
-            self.dead = EngineDead(f"the stage {name} died: {type(error).__name__}: {error}")
+            self.dead = EngineDead(why)
             self.dead.__cause__ = error
         for session in list(self.switch.live.values()):
-            self.end(session, Status.FAILED, self.dead)
+            self.end(session, Status.FAILED, EngineDead(why))
         for scope in self._scopes:
             scope.cancel()
+        self._change()
 
     def _bury(self) -> None:
         """No stage runs any more, so nothing is out: what lay in queues or dead hands is released."""
         for session in list(self.switch.live.values()):
-            session.finish(Status.FAILED, self.dead or NotServing("the pipeline was closed"))
-            if session.closing_out:  # its last event is lost on the output path
-                self.switch.deliver(session.last_event())
-            session.lost()
-            self.switch.send_nowait(session)
+            self.switch.bury(session, EngineDead(str(self.dead or "the stages have ended")))
+        self._change()
 
     async def _watch(self, scope: anyio.CancelScope) -> None:
         """Deadlines, and the watchdog (R12). Sleeps until the next instant at which something could be late."""
         with scope:
             while True:
                 now = anyio.current_time()
-                for session in list(self.switch.live.values()):
-                    if session.final:
-                        continue
+                for session in [s for s in self.switch.live.values() if not s.final]:
                     if session.request.deadline <= now:
-                        self.end(
-                            session, Status.FAILED, DeadlineExceeded("the session did not end before its deadline")
-                        )
-                    elif session.blocked_by_reader:
-                        session.progress = now  # a reader that stays away is its deadline's business
-                    elif now - session.progress >= self.limits.stall_s:
-                        self.end(
-                            session, Status.FAILED, Stalled(f"no progress for {self.limits.stall_s:g} s: {session}")
-                        )
+                        late = DeadlineExceeded("the session did not end before its deadline")
+                        self.end(session, Status.FAILED, late)
+                    elif self._stalls_at(session) <= now:
+                        stalled = Stalled(f"nothing happened for {self.limits.stall_s:g} s: {session}")
+                        self.end(session, Status.FAILED, stalled)
                 instants = [
-                    min(session.request.deadline, session.progress + self.limits.stall_s)
-                    for session in self.switch.live.values()
-                    if not session.final
+                    max(now + 1e-3, min(s.request.deadline, self._stalls_at(s)))
+                    for s in self.switch.live.values()
+                    if not s.final
                 ]
                 with anyio.CancelScope(deadline=min(instants, default=float("inf"))):
                     await self._changed.wait()
+
+    def _stalls_at(self, session: Session) -> float:
+        """When the session counts as stalled if nothing happens until then.
+
+        One that waits for its reader does not stall (that is its deadline's business), and one that waits for a stage
+        only if no stage gets on and no call is running (a call that hangs is the stage's death, after `call_s`).
+        """
+        if session.blocked_by_reader:
+            return anyio.current_time() + self.limits.stall_s
+        if session.home:
+            return session.progress + self.limits.stall_s
+        if any(worker.running for worker in self._workers.values()):
+            return anyio.current_time() + self.limits.stall_s
+        return max(session.progress, self.switch.progress) + self.limits.stall_s
+
+
+class PickUp:
+    """The first inbox of the output path: tells the switch of every event that leaves its queue (R8)."""
+
+    def __init__(self, inbox: MemoryObjectReceiveStream[Event], switch: Switch) -> None:
+        self._inbox = inbox
+        self._switch = switch
+
+    async def receive(self) -> Event:
+        """The next event."""
+        event = await self._inbox.receive()
+        self._switch.picked_up(event)
+        return event
+
+    def receive_nowait(self) -> Event:
+        """The next event, or `anyio.WouldBlock`."""
+        event = self._inbox.receive_nowait()
+        self._switch.picked_up(event)
+        return event
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._inbox.close()
 
 
 class Delivery:
@@ -301,12 +329,8 @@ class Delivery:
 
     async def run(self, inbox: Inbox[Event], outbox: Outbox[Session]) -> None:
         """Serve until the inbox ends."""
-        while True:
-            try:
-                event = await inbox.receive()
-            except anyio.EndOfStream:
-                return
-            self._switch.deliver(event)
-            session = self._switch.live.get(event.session)
-            if session is not None:
-                outbox.send_nowait(session)
+        while events := await take(inbox, 32):
+            for event in events:
+                self._switch.deliver(event)
+                if (session := self._switch.live.get(event.session)) is not None:
+                    outbox.send_nowait(session)

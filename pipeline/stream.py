@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-import anyio
 from anyio.lowlevel import checkpoint
 
 from ralmspec.stages.messages import Committed, Done, Event
-from ralmspec.stages.session import Request, Session, Status
+from ralmspec.stages.request import Request, Status
 from ralmspec.stages.statistics import Statistics
 from ralmspec.stages.switch import Sink
 from ralmspec.stages.trace import Span
@@ -43,65 +42,61 @@ class SessionStream:
     def __init__(self, runner: Runner, request: Callable[[], Request]) -> None:
         self._runner = runner
         self._request = request
-        self._session: Session | None = None
-        self._sink: Sink | None = None
+        self._entered: Sink | None = None
         self._ended = False
 
     async def __aenter__(self) -> Self:
+        if self._entered is not None:
+            raise RuntimeError("a session can be entered once; ask the pipeline for another one")
         self._runner.refuse_if_closed()  # the cheap refusal, before the prompt is tokenised
         request = self._request()
         await checkpoint()
-        self._session, self._sink = self._runner.admit(request)
+        self._entered = self._runner.admit(request)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._session is not None:
-            self._runner.end(self._session, Status.CANCELLED, Cancelled("the session's block was left"))
+        self._runner.end(self._sink.session, Status.CANCELLED, Cancelled("the session's block was left"))
         self._ended = True
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Event:
-        if self._session is None or self._sink is None:
-            raise RuntimeError("enter the session with `async with` before reading it")
+        sink = self._sink
         if self._ended:
             raise StopAsyncIteration
         await checkpoint()
-        while not self._sink.events:
-            self._sink.arrived = anyio.Event()
-            await self._sink.arrived.wait()
-        event = self._sink.events.popleft()
-        self._session.read = event.serial + 1
-        self._runner.switch.send_nowait(self._session)
+        event = await sink.get()
         if isinstance(event, Done):
             self._ended = True
             if event.error is not None:
                 raise event.error
         return event
 
+    @property
+    def _sink(self) -> Sink:
+        if self._entered is None:
+            raise RuntimeError("enter the session with `async with` first")
+        return self._entered
+
     def cancel(self) -> None:
         """End the session from another task; its reader sees `Cancelled`."""
-        if self._session is not None:
-            self._runner.end(self._session, Status.CANCELLED, Cancelled("the session was cancelled"))
+        self._runner.end(self._sink.session, Status.CANCELLED, Cancelled("the session was cancelled"))
 
     @property
     def id(self) -> int:
-        """The session's number in this pipeline, never used twice."""
-        if self._session is None:
-            raise RuntimeError("a session has no id before it is entered")
-        return self._session.id
+        """The session's number, never used twice in a process."""
+        return self._sink.session.id
 
     @property
     def statistics(self) -> Statistics:
         """What it has taken so far."""
-        if self._session is None:
-            raise RuntimeError("a session has no statistics before it is entered")
-        return self._session.statistics
+        return self._sink.session.statistics
 
     @property
     def timeline(self) -> tuple[Span, ...]:
         """Who worked on which step when; empty unless the session was opened with `trace=True`."""
-        return tuple(self._session.trace.spans) if self._session and self._session.trace else ()
+        trace = self._sink.session.trace
+        return tuple(trace.spans) if trace else ()

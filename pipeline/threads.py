@@ -9,7 +9,7 @@ from typing import Any, TypeVar, TypeVarTuple
 import anyio
 from anyio.lowlevel import current_token
 
-from .errors import EngineDead
+from ralmspec.stages.errors import WorkerLost
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
@@ -21,7 +21,7 @@ class ThreadWorker:
     Native libraries keep thread pools and contexts per calling thread, so each device gets threads that stay the same.
     The threads are daemons: a native call that hangs for ever cannot keep the process alive. No thread can be stopped,
     so cancelling waits for the call; one that takes longer than `limit_s`, or is given up by `abandon`, raises
-    `EngineDead` where it was called.
+    `WorkerLost` where it was called.
     """
 
     def __init__(self, name: str, threads: int = 1, limit_s: float = 300.0) -> None:
@@ -30,14 +30,13 @@ class ThreadWorker:
         self._limit_s = limit_s
         self._waiting: set[anyio.Event] = set()
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"ralmspec-{name}-{n}", daemon=True) for n in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._number = threads
+        self._threads: list[threading.Thread] = []
 
     async def call(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Run `work(*arguments)` in a thread, and wait for it whatever happens."""
+        if not self._threads:
+            self._start()
         done = anyio.Event()
         outcome: list[Any] = []
         loop: Any = current_token().native_token
@@ -62,7 +61,7 @@ class ThreadWorker:
             await done.wait()
         self._waiting.discard(done)
         if not outcome:
-            raise EngineDead(f"a call in the {self.name} thread did not end in time (limit {self._limit_s:g} s)")
+            raise WorkerLost(f"a call in the {self.name} thread did not end in time (limit {self._limit_s:g} s)")
         result, error = outcome.pop()
         if error is not None:
             raise error
@@ -80,6 +79,12 @@ class ThreadWorker:
         for thread in self._threads:
             thread.join(timeout_s)
         return not any(thread.is_alive() for thread in self._threads)
+
+    def _start(self) -> None:
+        names = [f"ralmspec-{self.name}-{n}" for n in range(self._number)]
+        self._threads = [threading.Thread(target=self._serve, name=name, daemon=True) for name in names]
+        for thread in self._threads:
+            thread.start()
 
     def _serve(self) -> None:
         while (run := self._inbox.get()) is not None:

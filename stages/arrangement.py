@@ -10,9 +10,9 @@ from .stride import Stride
 class Outlook:
     """What an arrangement may look at.
 
-    `queued` checks wait, `flying` ones are with the knowledge base (stale ones included); `newest_flying` says whether
-    the newest step's own check is among those; `stuck` that nothing can be decoded before a verdict (the newest step
-    has no document, or the output is complete); `stride` is the session's speculation stride.
+    `queued` checks wait, `flying` ones have been launched and not come home (stale ones included); `newest_flying` says
+    whether the newest step's own check is among those; `stuck` that nothing can be decoded before a verdict (the newest
+    step has no document, the output is complete, or the window is full); `stride` is the session's speculation stride.
     """
 
     queued: int
@@ -37,7 +37,7 @@ class Arrangement(Protocol):
 
     @property
     def window(self) -> int:
-        """K: uncommitted steps, and besides them checks in flight, that a session may have."""
+        """K: how many uncommitted steps, and how many checks in flight, a session may have (R5)."""
         ...
 
     def stride(self) -> Stride:

@@ -6,15 +6,16 @@ dropped by its epoch, and the session's next pass continues the true prefix.
 
 from collections.abc import Callable, Mapping
 
+from .cycle import CycleStage
 from .errors import ModelFailed
 from .messages import Pass, Turn
 from .model import LanguageModel, Prefix
-from .session import Session, Status
-from .stage import Inbox, Outbox, Worker, take
+from .session import Session
+from .stage import Worker
 from .workload import BoundWorkload
 
 
-class Generate:
+class Generate(CycleStage[Pass, int]):
     """Decodes. Every thread call is one forward pass for up to `model.max_batch` sessions."""
 
     def __init__(
@@ -25,67 +26,40 @@ class Generate:
         worker: Worker,
         now: Callable[[], float],
     ) -> None:
-        self._sessions = sessions
+        super().__init__(sessions, worker, now, batch=model.max_batch)
         self._model = model
         self._workload = workload
-        self._worker = worker
-        self._now = now
 
-    async def run(self, inbox: Inbox[Turn], outbox: Outbox[Session]) -> None:
-        """Serve until the inbox ends."""
-        while turns := await take(inbox, self._model.max_batch):
-            await self._serve(turns, outbox)
+    def take(self, session: Session) -> Pass | None:
+        """The next forward pass."""
+        return session.next_pass()
 
-    async def _serve(self, turns: list[Turn], outbox: Outbox[Session]) -> None:
-        start = self._now()
-        work: list[tuple[Turn, Session, Pass]] = []
-        try:
-            for turn in turns:
-                session = self._sessions[turn.session]
-                if (made := session.next_pass()) is not None:
-                    work.append((turn, session, made))
-            if work:
-                results = await self._worker.call(self._forward, [made for _, _, made in work])
-                for (turn, session, made), result in zip(work, results, strict=True):
-                    session.returned(turn)
-                    session.span("generate", start, stale=session.is_stale(made.epoch), made=made)
-                    if isinstance(result, Exception):
-                        session.finish(Status.FAILED, result)
-                    else:
-                        session.decoded(made, result)
-        except Exception as error:  # the batch's fault fails its members (R10)
-            for _, session, _ in work:
-                session.finish(Status.FAILED, error)
-        finally:
-            for turn in turns:
-                session = self._sessions[turn.session]
-                if session.turn_out:
-                    session.returned(turn)
-                outbox.send_nowait(session)
-
-    def _forward(self, passes: list[Pass]) -> list[int | Exception]:
-        """In the worker: prefixes, one forward pass, tokens. A fault of one session stands in its place."""
+    def work(self, batch: list[Pass]) -> list[int | Exception]:
+        """Prefixes, one forward pass, tokens."""
         outcomes: dict[int, int | Exception] = {}
-        prefixes: list[Prefix] = []
-        members: list[int] = []
-        for place, made in enumerate(passes):
+        prefixes: dict[int, Prefix] = {}
+        for place, made in enumerate(batch):
             try:
                 tokens = self._workload.prefix(made.context, made.retrieved)
-                prefixes.append(Prefix(session=made.session, tokens=tokens))
-                members.append(place)
+                prefixes[place] = Prefix(session=made.session, tokens=tokens)
             except Exception as error:
                 outcomes[place] = error
-        if prefixes:
+        try:
+            frontiers = self._model.forward([*prefixes.values()]) if prefixes else []
+        except ModelFailed:
+            raise
+        except Exception as error:
+            raise ModelFailed(f"the forward pass raised {type(error).__name__}: {error}") from error
+        for place, frontier in zip(prefixes, frontiers, strict=True):
+            made = batch[place]
             try:
-                frontiers = self._model.forward(prefixes)
-            except ModelFailed:
-                raise
+                outcomes[place] = self._workload.choose(frontier, made.retrieved, made.position, made.sampling)
             except Exception as error:
-                raise ModelFailed(f"the forward pass raised {type(error).__name__}: {error}") from error
-            for place, frontier in zip(members, frontiers, strict=True):
-                made = passes[place]
-                try:
-                    outcomes[place] = self._workload.choose(frontier, made.retrieved, made.position, made.sampling)
-                except Exception as error:
-                    outcomes[place] = error
-        return [outcomes[place] for place in range(len(passes))]
+                outcomes[place] = error
+        return [outcomes[place] for place in range(len(batch))]
+
+    def give(self, session: Session, work: Pass, result: int, turn: Turn, start: float) -> None:
+        """The token joins its step, unless the pass has become stale."""
+        stale = "stale" if session.is_stale(work.epoch) else ""
+        session.span("generate", start, step=work.step, epoch=work.epoch, note=stale)
+        session.decoded(work, result, self._now() - turn.issued)

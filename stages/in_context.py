@@ -98,8 +98,11 @@ class BoundInContext:
     def source(self, retrieved: Ranking) -> Source:
         """The document with its title and score."""
         id = int(retrieved.ids[0])
-        _, cut = self._document(id)
-        return Source(id, self._retriever.document(id).title, float(retrieved.scores[0]), cut)
+        return Source(id, self._retriever.document(id).title, float(retrieved.scores[0]))
+
+    def tokens_cut(self, retrieved: Ranking) -> int:
+        """Tokens by which the document was longer than `max_document_tokens`."""
+        return self._document(int(retrieved.ids[0]))[1]
 
     def _read_document(self, id: int) -> tuple[Tokens, int]:
         document = self._retriever.document(id)

@@ -5,63 +5,36 @@ from collections.abc import Callable, Mapping
 from ralmspec.retrievers.base import Query, Retriever
 from ralmspec.retrievers.errors import RetrieverFailed
 
+from .cycle import CycleStage
 from .messages import Turn
-from .session import Session, Status
-from .stage import Inbox, Outbox, Worker, take
+from .session import Session
+from .stage import Worker
+from .step import Move
 
 
-class Lookup:
+class Lookup(CycleStage[Query, Query]):
     """Begins steps. One encoder call serves every session whose turn it is."""
 
     def __init__(
-        self,
-        sessions: Mapping[int, Session],
-        retriever: Retriever,
-        worker: Worker,
-        now: Callable[[], float],
-        batch: int = 32,
+        self, sessions: Mapping[int, Session], retriever: Retriever, worker: Worker, now: Callable[[], float]
     ) -> None:
-        self._sessions = sessions
+        super().__init__(sessions, worker, now)
         self._retriever = retriever
-        self._worker = worker
-        self._now = now
-        self._batch = batch
 
-    async def run(self, inbox: Inbox[Turn], outbox: Outbox[Session]) -> None:
-        """Serve until the inbox ends."""
-        while turns := await take(inbox, self._batch):
-            await self._serve(turns, outbox)
+    def take(self, session: Session) -> Query | None:
+        """The next step's query, as text."""
+        return session.question() if session.move is Move.LOOK else None
 
-    async def _serve(self, turns: list[Turn], outbox: Outbox[Session]) -> None:
-        start = self._now()
-        asked: list[tuple[Turn, Session, Query]] = []
+    def work(self, batch: list[Query]) -> list[Query | Exception]:
+        """Encode."""
         try:
-            for turn in turns:
-                session = self._sessions[turn.session]
-                if session.is_stale(turn.epoch):
-                    continue
-                try:
-                    asked.append((turn, session, session.asked()))
-                except Exception as error:  # one session's fault fails that session (R10)
-                    session.finish(Status.FAILED, error)
-            if asked:
-                encoded = await self._worker.call(self._encode, [query for _, _, query in asked])
-                for (turn, session, _), query in zip(asked, encoded, strict=True):
-                    session.looked(turn.epoch, query)
-                    session.span("lookup", start)
-        except Exception as error:  # the batch's fault fails its members (R10)
-            for _, session, _ in asked:
-                session.finish(Status.FAILED, error)
-        finally:
-            for turn in turns:
-                session = self._sessions[turn.session]
-                session.returned(turn)
-                outbox.send_nowait(session)
-
-    def _encode(self, queries: list[Query]) -> list[Query]:
-        try:
-            return self._retriever.encode(queries)
+            return [*self._retriever.encode(batch)]
         except RetrieverFailed:
             raise
         except Exception as error:
             raise RetrieverFailed(f"encoding a query raised {type(error).__name__}: {error}") from error
+
+    def give(self, session: Session, work: Query, result: Query, turn: Turn, start: float) -> None:
+        """A step begins, under the cache's best guess if there is one."""
+        session.looked(turn.epoch, result, self._now() - turn.issued)
+        session.span("lookup", start, epoch=turn.epoch)

@@ -2,10 +2,11 @@
 
 Queues carry `Turn`s. The work itself waits with the session, so a rollback annihilates it in place and no queue can
 overflow. A `Pass`, a `Check` and a `Verdict` are the immutable inputs and results of thread calls. All of them name
-(session, epoch); whoever receives one of an older epoch drops it (rules R4 and R7).
+(session, epoch), and one of an older epoch is dropped where it arrives (R4).
 """
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -26,10 +27,24 @@ class Message:
     epoch: int
 
 
+class Place(Enum):
+    """Where something of a session can be out: at one of the four stages, or its end on the way to the caller."""
+
+    LOOKUP = "lookup"
+    GENERATE = "generate"
+    VERIFY = "verify"
+    PREFETCH = "prefetch"
+    OUTPUT = "output"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn(Message):
-    """A session's turn at a stage; what is to be done there, the session knows. `issued` in seconds."""
+    """A session's turn at a stage; what is to be done there, the session knows. `issued` in seconds.
 
+    A stale turn only goes home: the switch then issues one that fits.
+    """
+
+    place: Place
     issued: float
 
 
@@ -49,7 +64,7 @@ class Pass(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Check(Message):
-    """Down: a step's query, waiting to be put to the knowledge base."""
+    """A step's query, to be put to the knowledge base."""
 
     step: int
     query: Query
@@ -57,7 +72,7 @@ class Check(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Verdict(Message):
-    """Up: what the knowledge base says of a step's query. `truth` holds the documents of one search, best first.
+    """What the knowledge base says of a step's query. `truth` holds the documents of one search, best first.
 
     `rows` is what the session's cache needs of the documents that condition the step (the first ones of `truth`), None
     where no cache is used.
@@ -70,20 +85,18 @@ class Verdict(Message):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a step's text comes from: the document, its score, and how many of its tokens did not fit."""
+    """Where a step's text comes from: the document and its score."""
 
     id: int
     title: str
     score: float
-    tokens_cut: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Something the caller may see. `serial` counts the session's events, so that a reader's progress is known."""
+    """Something the caller of a session may see."""
 
     session: int
-    serial: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

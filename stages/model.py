@@ -25,12 +25,10 @@ class Prefix:
 class Frontier:
     """What the model knows at the end of a prefix.
 
-    `logits` float32 or float64 [vocabulary] of the next token; `hidden` the vector a workload may retrieve with
-    (None where the model was not asked for it).
+    `logits` float32 or float64 [vocabulary] of the next token.
     """
 
     logits: NDArray[np.floating[Any]]
-    hidden: NDArray[np.floating[Any]] | None = None
 
 
 class LanguageModel(Protocol):

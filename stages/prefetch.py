@@ -7,57 +7,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ralmspec.retrievers.base import Ids, Retriever
+from ralmspec.retrievers.errors import RetrieverFailed
 
+from .cycle import CycleStage
 from .messages import Turn
-from .session import Session, Status
-from .stage import Inbox, Outbox, Worker, take
+from .session import Session
+from .stage import Worker
 
 
-class Prefetch:
+class Prefetch(CycleStage[Ids, NDArray[Any]]):
     """Fetches rows by id. Late or dropped work costs guesses, never outputs."""
 
     def __init__(
-        self,
-        sessions: Mapping[int, Session],
-        retriever: Retriever,
-        worker: Worker,
-        now: Callable[[], float],
-        batch: int = 32,
+        self, sessions: Mapping[int, Session], retriever: Retriever, worker: Worker, now: Callable[[], float]
     ) -> None:
-        self._sessions = sessions
+        super().__init__(sessions, worker, now)
         self._retriever = retriever
-        self._worker = worker
-        self._now = now
-        self._batch = batch
 
-    async def run(self, inbox: Inbox[Turn], outbox: Outbox[Session]) -> None:
-        """Serve until the inbox ends."""
-        while turns := await take(inbox, self._batch):
-            await self._serve(turns, outbox)
+    def take(self, session: Session) -> Ids | None:
+        """Documents that the session's cache lacks."""
+        ids = session.take_wanted()
+        return ids if len(ids) else None
 
-    async def _serve(self, turns: list[Turn], outbox: Outbox[Session]) -> None:
-        start = self._now()
-        wanted: list[tuple[Session, Ids]] = []
+    def work(self, batch: list[Ids]) -> list[NDArray[Any] | Exception]:
+        """One read for all, then a part for each."""
         try:
-            for turn in turns:
-                session = self._sessions[turn.session]
-                if len(ids := session.take_wanted()):
-                    wanted.append((session, ids))
-            if wanted:
-                fetched = await self._worker.call(self._rows, [ids for _, ids in wanted])
-                for (session, ids), rows in zip(wanted, fetched, strict=True):
-                    session.fetched(ids, rows)
-                    session.span("prefetch", start, note=f"{len(ids)} documents")
-        except Exception as error:  # the batch's fault fails its members (R10)
-            for session, _ in wanted:
-                session.finish(Status.FAILED, error)
-        finally:
-            for turn in turns:
-                session = self._sessions[turn.session]
-                session.fetching_out = False
-                outbox.send_nowait(session)
+            rows = self._retriever.rows(np.concatenate(batch))
+        except RetrieverFailed:
+            raise
+        except Exception as error:
+            raise RetrieverFailed(f"reading rows raised {type(error).__name__}: {error}") from error
+        return [*np.split(rows, np.cumsum([len(ids) for ids in batch])[:-1])]
 
-    def _rows(self, wanted: list[Ids]) -> list[NDArray[Any]]:
-        """In the worker: one read for all, then a part for each."""
-        rows = self._retriever.rows(np.concatenate(wanted))
-        return np.split(rows, np.cumsum([len(ids) for ids in wanted])[:-1])
+    def give(self, session: Session, work: Ids, result: NDArray[Any], turn: Turn, start: float) -> None:
+        """Rows for the cache."""
+        session.fetched(work, result)
+        session.span("prefetch", start, epoch=turn.epoch, note=f"{len(work)} documents")

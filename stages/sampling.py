@@ -59,8 +59,8 @@ class Sampling:
         """How near `pick` was to another token: two logits must move against each other by this much to change it.
 
         Greedy: best logit minus the second best. Sampled: the same of the perturbed scores, in the unit of the logits;
-        a token just outside `top_k` or `top_p` that would have won counts with its distance to the border. inf where
-        only one token is possible. Raises as `pick` does.
+        a token just outside `top_k` or `top_p` that would have won counts with its distance to the border (with
+        `top_p` a lower bound, mostly exact). inf where only one token is possible. Raises as `pick` does.
         """
         best = _best(logits)
         if len(logits) == 1:

@@ -3,8 +3,9 @@
     class Stage[In, Out]:
         async def run(inbox, outbox)
 
-The four stages of the cycle receive `Turn`s and give back `Session`s: their outbox is the `Switch`, which sends each
-session on to where it is due. A stage on the path of committed output receives and sends `Event`s.
+The four stages of the cycle (Lookup, Generate, Verify, Prefetch) receive `Turn`s and give back `Session`s: their outbox
+is the `Switch`, which sends each session on to where it is due. What they share stands in `cycle.py`. A stage on the
+path of committed output receives and sends `Event`s.
 """
 
 from collections.abc import Callable
@@ -48,8 +49,9 @@ class Outbox(Protocol[Item_contra]):
 class Stage(Protocol[In, Out]):
     """One job for all sessions. It lives as long as `run`, which returns when its inbox ends.
 
-    An exception that leaves `run` is the death of the engine (rule R10). A stage of the output path may change, drop
-    or add `Committed` events, but keeps each session's events in order and always passes on `Done`.
+    An exception that leaves `run` is the death of the engine (R10). A stage of the output path may change, drop or add
+    events, but keeps each session's events in order and always passes on its `Done`; it passes events on with
+    `await outbox.send(event)`.
     """
 
     async def run(self, inbox: Inbox[In], outbox: Outbox[Out]) -> None:
@@ -60,15 +62,20 @@ class Stage(Protocol[In, Out]):
 class Worker(Protocol):
     """Where blocking work happens: a real thread, or in tests a virtual delay. Stages know threads only as this."""
 
+    @property
+    def running(self) -> int:
+        """Calls that have been made and have not ended."""
+        ...
+
     async def call(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Run `work(*arguments)` elsewhere; its result or exception comes back.
 
-        A call that has started runs to its end: cancelling waits for it.
+        A call that has started runs to its end: cancelling waits for it. Raises `WorkerLost` if it hangs.
         """
         ...
 
     def abandon(self) -> None:
-        """Give up waiting for running calls: they raise where they were called."""
+        """Give up waiting for running calls: they raise `WorkerLost` where they were called."""
         ...
 
     def close(self, timeout_s: float) -> bool:

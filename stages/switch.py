@@ -1,32 +1,48 @@
 """Sends every session on to the stages where it is due, and its events on to the caller.
 
 All stages of the cycle give their sessions back to the one `Switch`; nothing else puts anything into a queue. A session
-has at most one turn in Lookup or Generate, one in Verify and one in Prefetch, so queues as long as there are live
-sessions cannot be full, and no send inside the cycle ever waits (rules R5 to R7).
+has at most one turn in Lookup or Generate, one in Verify and one in Prefetch, so queues as long as there may be live
+sessions cannot be full, and no send inside the cycle ever waits (R5 to R7).
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import anyio
 
-from .messages import Done, Event, Turn
-from .session import Move, Session
+from .errors import InvariantBroken
+from .messages import Done, Event, Place, Turn
+from .request import Status
+from .session import Session
 from .stage import Outbox
+from .step import Move
 
 
 class Sink:
-    """Events that wait for one reader; who reads, wakes the session's work again (R8)."""
+    """Events that wait for one reader (R8). Bounded by the session, which begins no work while it is full."""
 
-    def __init__(self) -> None:
+    def __init__(self, session: Session, wake: Callable[[Session], None]) -> None:
         self.events: deque[Event] = deque()
-        self.arrived = anyio.Event()
+        self.session = session
+        self._wake = wake
+        self._arrived = anyio.Event()
 
     def put(self, event: Event) -> None:
         """Leave an event for the reader."""
         self.events.append(event)
-        self.arrived.set()
+        self.session.unread += 1
+        self._arrived.set()
+
+    async def get(self) -> Event:
+        """The next event; taking it lets the session work again."""
+        while not self.events:
+            self._arrived = anyio.Event()
+            await self._arrived.wait()
+        event = self.events.popleft()
+        self.session.heard()
+        self._wake(self.session)
+        return event
 
 
 class Switch:
@@ -34,24 +50,28 @@ class Switch:
 
     def __init__(
         self,
+        turns: Mapping[Place, Outbox[Turn]],
         *,
-        lookup: Outbox[Turn],
-        generate: Outbox[Turn],
-        verify: Outbox[Turn],
-        prefetch: Outbox[Turn],
         output: Outbox[Event] | None,
         now: Callable[[], float],
         released: Callable[[Session], None],
     ) -> None:
         self.live: dict[int, Session] = {}
-        self.sinks: dict[int, Sink] = {}
-        self._lookup = lookup
-        self._generate = generate
-        self._verify = verify
-        self._prefetch = prefetch
+        self.progress = now()
+        """When a session last came back from a stage, whichever it was."""
+        self._sinks: dict[int, Sink] = {}
+        self._turns = turns
         self._output = output
         self._now = now
         self._released = released
+
+    def register(self, session: Session) -> Sink:
+        """A session becomes live and gets its first turn, in one section (R1)."""
+        sink = Sink(session, self.send_nowait)
+        self.live[session.id] = session
+        self._sinks[session.id] = sink
+        self.send_nowait(session)
+        return sink
 
     async def send(self, session: Session, /) -> None:
         """`send_nowait`; it never has to wait."""
@@ -59,50 +79,65 @@ class Switch:
 
     def send_nowait(self, session: Session, /) -> None:
         """Wake: give the session every turn that is due now, or its slot back if it has ended and all is home."""
+        self.progress = self._now()
         if session.final:
             if session.home and session.id in self.live:
                 del self.live[session.id]
-                del self.sinks[session.id]
+                del self._sinks[session.id]
                 self._released(session)
             return
-        if not session.checking_out and session.checks_due:
-            session.checking_out = True
-            self._give(self._verify, session)
-        if not session.fetching_out and session.wanted:
-            session.fetching_out = True
-            self._give(self._prefetch, session)
-        if not session.turn_out and (move := session.move) is not None:
-            session.turn_out = True
-            self._give(self._lookup if move is Move.LOOK else self._generate, session)
+        try:
+            if Place.VERIFY not in session.out and session.checks_due:
+                session.launch()
+                self._give(Place.VERIFY, session)
+            if Place.PREFETCH not in session.out and session.wanted:
+                self._give(Place.PREFETCH, session)
+            if session.out.isdisjoint((Place.LOOKUP, Place.GENERATE)) and (move := session.move) is not None:
+                self._give(Place.LOOKUP if move is Move.LOOK else Place.GENERATE, session)
+        except anyio.WouldBlock:
+            overflow(session)
 
     def emit(self, event: Event) -> None:
         """First step of an event's way to the caller; called by the session's sections."""
         if self._output is None:
             self.deliver(event)
+            return
+        try:
+            self._output.send_nowait(event)
+        except anyio.WouldBlock:
+            overflow(event)
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+            self.deliver(event)  # the output path is dead; the caller still learns how it ended
         else:
-            try:
-                self._output.send_nowait(event)
-            except anyio.WouldBlock:
-                overflow("output", event)
-            except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-                self.deliver(event)  # the output path is dead; the caller still learns how it ended
+            self.live[event.session].unread += 1
+
+    def picked_up(self, event: Event) -> None:
+        """An output stage has taken the event; what it makes of it, and whether it lives on, is its own business."""
+        if (session := self.live.get(event.session)) is not None:
+            session.heard()
+            self.send_nowait(session)
 
     def deliver(self, event: Event) -> None:
         """Last step of an event's way to the caller."""
-        sink = self.sinks.get(event.session)
-        if sink is not None:
+        if (sink := self._sinks.get(event.session)) is not None:
             sink.put(event)
-        if isinstance(event, Done) and (session := self.live.get(event.session)) is not None:
-            session.closing_out = False
+            if isinstance(event, Done):
+                sink.session.out.discard(Place.OUTPUT)
 
-    def _give(self, outbox: Outbox[Turn], session: Session) -> None:
-        turn = Turn(session=session.id, epoch=session.epoch, issued=self._now())
-        try:
-            outbox.send_nowait(turn)
-        except anyio.WouldBlock:
-            overflow("stage", turn)
+    def bury(self, session: Session, error: BaseException) -> None:
+        """No stage runs any more, so nothing is out: end the session if need be, and release it."""
+        session.finish(Status.FAILED, error)
+        if Place.OUTPUT in session.out:  # its last event was lost on the output path
+            self.deliver(session.last_event())
+        session.write_off()
+        self.send_nowait(session)
+
+    def _give(self, place: Place, session: Session) -> None:
+        session.out.add(place)
+        turn = Turn(session=session.id, epoch=session.epoch, place=place, issued=self._now())
+        self._turns[place].send_nowait(turn)
 
 
-def overflow(queue: str, item: object) -> NoReturn:
+def overflow(item: object) -> NoReturn:
     """A full queue means that the counting of what is out is wrong: say so, loudly, instead of waiting for ever."""
-    raise RuntimeError(f"the {queue} queue is full, which rules R5-R7 exclude: {item!r}")
+    raise InvariantBroken(f"a queue is full, which rules R5 to R7 exclude: {item!r}")

@@ -17,21 +17,16 @@ class Span:
 
 
 class Trace:
-    """Collects the spans of one session; at most `limit` of them, then it only counts (`dropped`)."""
+    """Collects the spans of one session; a few for every token."""
 
-    def __init__(self, session: int, limit: int = 20_000) -> None:
+    def __init__(self, session: int) -> None:
         self.session = session
         self.spans: list[Span] = []
-        self.dropped = 0
-        self._limit = limit
 
     def span(self, stage: str, start: float, end: float, *, step: int, epoch: int, note: str = "") -> None:
         """Note a stretch of work."""
-        if len(self.spans) < self._limit:
-            self.spans.append(Span(self.session, stage, start, end, step, epoch, note))
-        else:
-            self.dropped += 1
+        self.spans.append(Span(self.session, stage, start, end, step, epoch, note))
 
-    def mark(self, stage: str, at: float, *, step: int, epoch: int, note: str = "") -> None:
+    def mark(self, stage: str, at: float, *, step: int, epoch: int) -> None:
         """Note an instant."""
-        self.span(stage, at, at, step=step, epoch=epoch, note=note)
+        self.span(stage, at, at, step=step, epoch=epoch)

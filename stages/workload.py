@@ -55,7 +55,11 @@ class BoundWorkload(Protocol):
         ...
 
     def source(self, retrieved: Ranking) -> Source:
-        """The document a step is attributed to; runs on the loop, after `prefix` has seen it."""
+        """The document a step is attributed to; runs on the loop."""
+        ...
+
+    def tokens_cut(self, retrieved: Ranking) -> int:
+        """Document tokens that `prefix` left out for want of room; runs on the loop, after `prefix`."""
         ...
 
 

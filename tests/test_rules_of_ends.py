@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import anyio
+import numpy as np
 import pytest
-from clocks import run
-from fakes import FakeModel, FakeRetriever, VirtualWorker, Workers, fixed
+from clocks import VirtualLoop, run
+from fakes import VOCABULARY, FakeModel, FakeRetriever, Workers, fixed
+from oracle import sequential
 from scenes import PROMPT, TOKENS, Lingers, exact, expected, opened, until
 
 from ralmspec.pipeline import (
@@ -19,15 +21,17 @@ from ralmspec.pipeline import (
     Limits,
     ModelFailed,
     NotServing,
-    Overloaded,
     Pipeline,
     Ranking,
     RetrieverFailed,
+    Sequential,
     SessionStream,
     Stalled,
+    Synchronous,
 )
 from ralmspec.stages import generate, lookup, prefetch, verify
-from ralmspec.stages.session import Session, Status
+from ralmspec.stages.model import Frontier
+from ralmspec.stages.session import Status
 
 # R8 The client never holds a stage -------------------------------------------------------------------------------
 
@@ -72,17 +76,17 @@ def test_r8_one_event_at_a_time_is_enough() -> None:
 def test_r9_the_first_end_wins_and_is_told_once() -> None:
     async def scenario() -> None:
         passed = Lingers()
-        async with opened(output=[passed], limits=Limits(unread_events=2)) as pipeline:
-            async with pipeline.session(PROMPT, max_new_tokens=40, deadline_s=2) as session:
-                await anyio.sleep(1)
-                session.cancel()
-                await anyio.sleep(2)  # the deadline passes
-                session.cancel()
-                assert session._session is not None
-                session._session.finish(Status.FAILED, RetrieverFailed("late"))
-                with pytest.raises(Cancelled):
-                    async for event in session:
-                        assert not isinstance(event, Done)
+        pipeline = opened(output=[passed], limits=Limits(unread_events=2))
+        async with pipeline, pipeline.session(PROMPT, max_new_tokens=40, deadline_s=2) as session:
+            await anyio.sleep(1)
+            session.cancel()
+            await anyio.sleep(2)  # the deadline passes
+            session.cancel()
+            assert session._session is not None
+            session._session.finish(Status.FAILED, RetrieverFailed("late"))
+            with pytest.raises(Cancelled):
+                async for event in session:
+                    assert not isinstance(event, Done)
         assert [type(event) for event in passed.events].count(Done) == 1
         assert isinstance(passed.events[-1], Done)
 
@@ -111,21 +115,20 @@ async def ended(end: str) -> None:
 
     workers = Workers(model=0.1, index=0.25)
     session: SessionStream
-    async with anyio.create_task_group() as readers:
-        async with opened(worker=workers, limits=Limits(drain_s=0.5)) as pipeline:
-            session = pipeline.session(PROMPT, max_new_tokens=30, deadline_s=1.5 if end == "deadline" else 1000)
-            await session.__aenter__()
-            if end == "done":
-                await read()
-            else:
-                readers.start_soon(raises, errors[end], read)
-                await anyio.sleep(1)
-                if end == "cancel":
-                    session.cancel()
-                elif end == "fault":
-                    workers["model"].fault = fault
-                if end != "closed":
-                    await until(lambda: not pipeline.live_sessions)
+    async with anyio.create_task_group() as readers, opened(worker=workers, limits=Limits(drain_s=0.5)) as pipeline:
+        session = pipeline.session(PROMPT, max_new_tokens=30, deadline_s=1.5 if end == "deadline" else 1000)
+        await session.__aenter__()
+        if end == "done":
+            await read()
+        else:
+            readers.start_soon(raises, errors[end], read)
+            await anyio.sleep(1)
+            if end == "cancel":
+                session.cancel()
+            elif end == "fault":
+                workers["model"].fault = fault
+            if end != "closed":
+                await until(lambda: not pipeline.live_sessions)
     truth = expected(pipeline, PROMPT, 30)
     assert tokens == truth[: len(tokens)]
     assert (tokens == truth) == (end == "done")
@@ -151,75 +154,309 @@ def test_r9_leaving_the_block_is_an_end() -> None:
 
 # R10 Fault scope -------------------------------------------------------------------------------------------------
 
+UNLUCKY = "9 9 9"
 
-class Fragile(FakeRetriever):
-    """Chokes on one session's question, in the encoder, at a score, or at a document."""
+
+class Choosy(FakeRetriever):
+    """Cannot score the question of one session."""
 
     def __init__(self, where: str) -> None:
-        super().__init__(documents=40, seed=1, spread=4)
+        super().__init__(documents=1)
         self.where = where
 
     def score(self, query: Any, rows: Any) -> Any:
-        if self.where == "score" and len(rows) < len(self) and query.text.startswith("9 9 9"):
+        if self.where == "score" and query.text.startswith(f"{UNLUCKY} ") and isinstance(rows, np.ndarray):
             raise ValueError("score")
         return super().score(query, rows)
 
+    def _rank(self, query: Any, k: int) -> Ranking:
+        return Ranking(np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.float32))
 
-class FragileModel(FakeModel):
-    """Reads several prefixes at once, and cannot write the text of one session."""
+
+class Moody(FakeModel):
+    """Continues several prefixes at once; one session it cannot ask for, not continue, or not write down."""
 
     max_batch = 8
 
     def __init__(self, where: str) -> None:
         super().__init__(ends=False)
         self.where = where
+        self.unwritable: list[int] = []
+        self.together = 0
 
     def decode(self, tokens: Any) -> str:
         text = super().decode(tokens)
-        if self.where == "query" and text.startswith("9 9 9") and len(tokens) > 5:
+        if self.where == "query" and text.startswith(UNLUCKY) and len(tokens) == 7:
             raise ValueError("query")
+        if self.where.startswith("text") and list(tokens) == self.unwritable:
+            raise ValueError("text")
         return text
 
+    def forward(self, prefixes: Any) -> list[Frontier]:
+        frontiers = super().forward(prefixes)
+        for place, prefix in enumerate(prefixes):
+            if bytes([9, 9, 9]) in bytes(prefix.tokens.tolist()):
+                self.together += len(prefixes) > 1
+                if self.where == "logits" and len(prefix.tokens) > 10:
+                    frontiers[place] = Frontier(np.full(VOCABULARY, np.nan))
+        return frontiers
 
-@pytest.mark.parametrize("where", ["query", "score", "choose", "commit", "judge"])
+
+@pytest.mark.parametrize("where", ["query", "score", "logits", "text when decoded", "text when judged"])
 def test_r10_one_sessions_fault_is_its_own(where: str) -> None:
-    """Three sessions, always together in every batch. One of them cannot be served; the others must not notice."""
-    run(one_fragile, where)
+    """Sessions that are together in every batch, one of which cannot be served: the others must not notice."""
+    run(one_unlucky, where)
 
 
-async def one_fragile(where: str) -> None:
-    model, retriever = FragileModel(where), Fragile(where)
-    pipeline = opened(model=model, retriever=retriever, worker=fixed(model=0.1, index=0.1, encoder=0.1))
-    victim: list[int] = []
-
-    def broken(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            session = next((a for a in arguments if isinstance(a, Session)), None)
-            if victim and session is not None and session.id == victim[0] and len(session.committed) >= 2:
-                raise ValueError(where)
-            return method(*arguments)
-
-        return call
-
-    def choose(frontier: Any, retrieved: Any, position: int, sampling: Any) -> int:
-        if position == 4 and sampling.seed == 99:
-            raise ValueError("choose")
-        return int(pipeline._workload.__class__.choose(pipeline._workload, frontier, retrieved, position, sampling))
-
-    with pytest.MonkeyPatch.context() as patch:
-        if where == "judge":
-            patch.setattr(Session, "judge", broken(Session.judge))
-        elif where == "commit":
-            patch.setattr(Session, "_commit", broken(Session._commit))
-        elif where == "choose":
-            patch.setattr(pipeline._workload, "choose", choose, raising=False)
-        async with pipeline, anyio.create_task_group() as callers:
+async def one_unlucky(where: str) -> None:
+    model, retriever = Moody(where), Choosy(where)
+    truth = sequential(model, retriever, [9, 9, 9], max_new_tokens=4, retrieval_stride=2)[0]
+    model.unwritable = truth if where.startswith("text") else []
+    pipeline = opened(
+        model=model,
+        retriever=retriever,
+        speculation=Sequential() if where == "text when decoded" else Synchronous(speculation_stride=3),
+        worker=fixed(model=0.1, index=0.1, encoder=0.1),
+    )
+    async with pipeline, anyio.create_task_group() as callers:
+        async with pipeline.session(PROMPT):  # keeps the encoder busy until all the others wait for it
+            await anyio.sleep(0.05)
             for prompt in ("3 1 4", "2 7 1 8"):
                 callers.start_soon(exact, pipeline, prompt)
-            from ralmspec.pipeline import Sampling
+            await anyio.sleep(0.01)
+        with pytest.raises((ValueError, ModelFailed, RetrieverFailed), match=where.split()[0]):
+            await pipeline.complete(UNLUCKY, max_new_tokens=TOKENS)
+    assert model.together and max(retriever.searches) >= 3, "they were in no batch together"
 
-            async with pipeline.session("9 9 9", max_new_tokens=TOKENS, sampling=Sampling(seed=99)) as session:
-                victim.append(session.id)
-                with pytest.raises(Exception, match=where):
+
+@pytest.mark.parametrize("stage", ["encoder", "model", "index", "prefetch"])
+def test_r10_a_batchs_fault_is_its_members(stage: str) -> None:
+    """Two sessions are in the call that fails; one that comes later, and the engine, do not notice."""
+    run(one_bad_call, stage)
+
+
+async def one_bad_call(stage: str) -> None:
+    workers = Workers(model=0.1, index=0.1, encoder=0.1, prefetch=0.1)
+    model = FakeModel(ends=False)
+    model.max_batch = 8
+    failed = 0
+
+    def fault(name: str) -> None:
+        workers[stage].fault = lambda name: None
+        raise (ModelFailed if name == "model" else RetrieverFailed)("once")
+
+    async def fail() -> None:
+        nonlocal failed
+        with pytest.raises((ModelFailed, RetrieverFailed), match="once"):
+            await exact(pipeline)
+        failed += 1
+
+    pipeline = opened(model=model, worker=workers)
+    async with pipeline:
+        workers[stage].fault = fault
+        async with anyio.create_task_group() as callers:
+            callers.start_soon(fail)
+            await until(lambda: failed)
+        async with anyio.create_task_group() as callers:
+            callers.start_soon(exact, pipeline)
+            callers.start_soon(exact, pipeline, "2 7 1 8")
+        assert pipeline.ready
+
+
+@pytest.mark.parametrize(
+    "stage", [lookup, generate, verify, prefetch, None], ids=lambda s: s.__name__[16:] if s else "output"
+)
+def test_r10_a_dead_stage_fails_all(stage: Any) -> None:
+    run(one_death, stage)
+
+
+async def one_death(stage: Any) -> None:
+    """The stage dies with turns in its hands. Every reader is told, nobody is let in, leaving says why."""
+
+    async def fail(prompt: str) -> None:
+        nonlocal told
+        with pytest.raises(EngineDead, match="deadly"):
+            await pipeline.complete(prompt, max_new_tokens=400)
+        told += 1
+
+    async def die(inbox: Any, limit: int) -> Any:
+        turns = await take(inbox, limit)
+        if anyio.current_time() > 1:
+            raise ValueError("deadly")
+        return turns
+
+    told = 0
+    with pytest.MonkeyPatch.context() as patch:
+        if stage is not None:
+            take = stage.take
+            patch.setattr(stage, "take", die)
+        pipeline = opened(output=[Mortal()] if stage is None else [])
+        with pytest.raises(EngineDead, match="deadly") as death:
+            async with pipeline:
+                async with anyio.create_task_group() as callers:
+                    for prompt in ("3 1 4", "2 7 1 8", "5 3 5"):
+                        callers.start_soon(fail, prompt)
+                assert told == 3 and not pipeline.ready
+                assert anyio.current_time() < 3
+                with pytest.raises(EngineDead):
+                    await pipeline.complete(PROMPT)
+        assert isinstance(death.value.__cause__, ValueError)
+    assert not pipeline.live_sessions
+
+
+class Mortal(Lingers):
+    """An output stage that raises after a second."""
+
+    async def run(self, inbox: Any, outbox: Any) -> None:
+        with anyio.move_on_after(1):
+            await super().run(inbox, outbox)
+        raise ValueError("deadly")
+
+
+# R11 Drain order -------------------------------------------------------------------------------------------------
+
+
+def test_r11_draining_lets_sessions_end_and_nobody_in() -> None:
+    async def scenario() -> None:
+        async with anyio.create_task_group() as callers:
+            async with opened() as pipeline:
+                callers.start_soon(exact, pipeline)
+                callers.start_soon(exact, pipeline, "2 7 1 8")
+                await anyio.sleep(0.5)
+                callers.start_soon(refused, pipeline)
+            assert not pipeline.live_sessions
+            assert 1 < anyio.current_time() < 10
+
+    run(scenario)
+
+
+async def refused(pipeline: Pipeline) -> None:
+    """Nobody is let in once draining has begun, though everybody who was in goes on."""
+    await anyio.sleep(0.1)
+    assert pipeline.live_sessions == 2 and not pipeline.ready
+    with pytest.raises(NotServing):
+        await pipeline.complete(PROMPT)
+
+
+def test_r11_then_the_rest_is_ended_and_thread_calls_are_waited_for() -> None:
+    """Sessions may go on for 2 s; a call of 50 s is under way then, and nothing is closed before it has come home."""
+
+    async def scenario() -> None:
+        workers, model = Workers(model=0.1, index=0.25), FakeModel(ends=False)
+        async with anyio.create_task_group() as callers:
+            async with opened(model=model, worker=workers, limits=Limits(drain_s=2)) as pipeline:
+                told = anyio.Event()
+
+                async def cut() -> None:
+                    with pytest.raises(NotServing):
+                        await pipeline.complete(PROMPT, max_new_tokens=400)
+                    assert anyio.current_time() == pytest.approx(3)
+                    told.set()
+
+                callers.start_soon(cut)
+                await anyio.sleep(0.9)
+                workers.seconds["model"] = 50.0
+                await anyio.sleep(0.1)
+            assert told.is_set()
+            assert workers["model"].log[-1][1] == anyio.current_time() > 50
+            assert not pipeline.live_sessions and model.forgotten == [1]
+
+    run(scenario)
+
+
+# R12 Watchdog ----------------------------------------------------------------------------------------------------
+
+FOR_EVER = float("inf")
+
+
+def test_r12_a_session_without_progress_is_failed_in_time() -> None:
+    async def scenario() -> None:
+        workers = Workers(model=0.1)
+        with pytest.raises(EngineDead):
+            async with opened(worker=workers, limits=Limits(stall_s=7, call_s=100, drain_s=1)) as pipeline:
+                async with pipeline.session(PROMPT) as session:
+                    await anyio.sleep(1.05)
+                    workers.seconds["model"] = FOR_EVER
+                    with pytest.raises(Stalled, match="session 1") as stall:
+                        async for _ in session:
+                            pass
+                    assert anyio.current_time() == pytest.approx(1.1 + 7)
+                    assert "turn_out" in str(stall.value), "it says what was out"
+                with pytest.raises(Stalled):  # the engine as a whole is hung; still everybody is told
+                    await pipeline.complete("2 7")
+        assert not pipeline.live_sessions
+
+    run(scenario)
+
+
+def test_r12_the_time_a_reader_stays_away_does_not_count() -> None:
+    """Everything is paused for almost as long as the limit, then goes on: that is not the fault of the session."""
+
+    async def scenario(away_s: float) -> None:
+        limits = Limits(stall_s=10, unread_events=1)
+        async with opened(limits=limits, worker=fixed(model=1.0)) as pipeline:
+            tokens: list[int] = []
+            async with pipeline.session(PROMPT, max_new_tokens=TOKENS) as session:
+                async for event in session:
+                    if isinstance(event, Committed):
+                        tokens += event.tokens
+                        await anyio.sleep(away_s)
+            assert tokens == expected(pipeline)
+
+    for halves in range(60):
+        run(scenario, halves / 2)
+
+
+@pytest.mark.parametrize("stall_s", [0.1, 0.3, 0.7, 1.1, 5.3])
+def test_r12_the_watchdog_itself_never_spins(stall_s: float) -> None:
+    """Fast: a watchdog that wakes up too early, and finds nothing to do, would not let the clock go on."""
+
+    async def scenario() -> None:
+        workers = Workers(model=0.1, index=0.1, encoder=0.1)
+        with pytest.raises(EngineDead):
+            async with opened(worker=workers, limits=Limits(stall_s=stall_s, call_s=10, drain_s=0)) as pipeline:
+                for begun in range(20):
+                    with pytest.raises(Stalled):
+                        async with pipeline.session(f"{begun} 1") as session:
+                            workers.seconds["model"] = FOR_EVER
+                            async for _ in session:
+                                pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VirtualLoop, "turns", 20_000)
+        run(scenario)
+
+
+def test_r12_deadlines_come_in_time() -> None:
+    async def scenario() -> None:
+        async with opened() as pipeline:
+            for deadline_s in (0.001, 0.1, 0.7, 1.3):
+                began = anyio.current_time()
+                with pytest.raises(DeadlineExceeded):
+                    await pipeline.complete(PROMPT, max_new_tokens=400, deadline_s=deadline_s)
+                assert anyio.current_time() == pytest.approx(began + deadline_s)
+            with pytest.raises(DeadlineExceeded):  # of a reader that stays away, too
+                async with pipeline.session(PROMPT, deadline_s=5) as session:
+                    await anyio.sleep(30)
                     async for _ in session:
                         pass
+            await exact(pipeline)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("hung", ["encoder", "model", "index", "prefetch"])
+def test_r12_draining_waits_for_a_hung_call_until_the_deadline_only(hung: str) -> None:
+    run(hangs, hung)
+
+
+async def hangs(hung: str) -> None:
+    workers = Workers(model=0.1, index=0.25, encoder=0.02, prefetch=0.01)
+    with pytest.raises(EngineDead, match="did not end"):
+        async with opened(worker=workers, limits=Limits(drain_s=3, call_s=20)) as pipeline:
+            async with pipeline.session(PROMPT):
+                workers.seconds[hung] = FOR_EVER
+                await until(lambda: workers[hung].running and anyio.current_time() > 1)
+            left = anyio.current_time()
+    assert anyio.current_time() == pytest.approx(left + 3 + 20)
+    assert not pipeline.live_sessions

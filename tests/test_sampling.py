@@ -1,6 +1,7 @@
 """Tokens are drawn as promised: right distribution, keyed by seed and position, with ties and gaps that can be told."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -118,10 +119,18 @@ def test_a_token_that_is_ruled_out_stays_out_and_leaves_the_others_their_numbers
         assert sampling.pick(without, position) == winner
 
 
-def test_equals_at_the_border_of_top_k_stay_by_id():
+def test_equals_at_the_border_of_a_filter_stay_by_id():
     logits = np.array([1.0, 2.0, 2.0, 2.0, 0.0])
     sampling = Sampling(temperature=1.0, top_k=2)
     assert {sampling.pick(logits, position) for position in range(200)} == {1, 2}
+    level = np.random.default_rng(0).choice([1.0, 1.25, 1.5], 999)
+    order = np.concatenate([np.flatnonzero(level == height) for height in (1.5, 1.25)])
+    assert len(order) > 600
+    nucleus = Sampling(temperature=1.0, top_p=0.5)
+    picks = {nucleus.pick(level, position) for position in range(4000)}
+    border = max(np.flatnonzero(order == token)[0] for token in picks)
+    assert 400 < border < 500
+    assert len(picks) == border + 1
 
 
 @given(logits_of, samplings, st.integers(0, 2**40))
@@ -158,6 +167,18 @@ def test_the_gap_is_what_it_takes():
         less[winner] -= gap * 0.999
         more[winner] -= gap * 1.001
         assert sampling.pick(less, position) == winner != sampling.pick(more, position)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 1}, {"top_k": 2}, {"top_k": 3}, {"top_p": 0.6}], ids=str)
+def test_the_gap_is_no_smaller_than_it_must_be(filters):
+    random = np.random.default_rng(5)
+    slack = 4 if "top_p" in filters else 1  # a nucleus moves with every token in it: there the gap is a bound
+    for position in range(60):
+        logits = random.normal(size=4)
+        sampling = Sampling(temperature=0.9, seed=1, **filters)
+        winner, reach = sampling.pick(logits, position), sampling.gap(logits, position) * 0.5001 * slack
+        moves = [np.array(signs) * reach for signs in product((-1, 0, 1), repeat=4)]
+        assert any(sampling.pick(logits + move, position) != winner for move in moves)
 
 
 def test_the_gap_sees_a_token_just_outside_the_filters():

@@ -1,24 +1,17 @@
-"""The local model continues prefixes exactly, whatever its KV slots hold, and refuses what it cannot serve."""
+"""The local model continues prefixes exactly, whatever its KV slots hold and whatever fails."""
 
-import json
-import shutil
-import sys
-import threading
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
-from tiny_models import CONTEXT, SPECIAL, TEXT, VOCABULARY, make_tokenizer, tiny_model
+from tiny_models import CONTEXT, SPECIAL, VOCABULARY, tiny_model
 
-from ralmspec.retrievers.errors import MissingExtra
 from ralmspec.stages import checkpoint as checkpoints
-from ralmspec.stages.errors import BadModel, ModelFailed
+from ralmspec.stages.errors import ModelFailed
 from ralmspec.stages.model import Prefix
-from ralmspec.stages.tokenizer import PlainTokenizer
 from ralmspec.stages.transformers_model import TransformersModel
 
 FAMILIES = ("gpt2", "opt", "llama")
@@ -129,79 +122,7 @@ def test_the_shared_output_layer_is_stored_anew_and_the_embedding_is_not(checkpo
     assert network.transformer.wte.weight.is_contiguous()
 
 
-# What the slots keep
-
-
-def test_a_pass_forwards_only_what_is_new(load):
-    model = load()
-    assert forwarded(model, A, PROMPT) == 132
-    assert forwarded(model, A, PROMPT, [50]) == 1
-    assert forwarded(model, A, PROMPT, [50, 51, 52]) == 2
-    assert forwarded(model, A, PROMPT, [50, 60]) == 1  # a rollback
-    assert forwarded(model, A, PROMPT, [50, 60]) == 1  # the same again: the last token's logits are wanted
-    assert forwarded(model, A, PROMPT) == 1
-    assert (model.forward_passes, model.reused_tokens) == (6, 132 + 133 + 133 + 133 + 131)
-    assert model.seconds > 0
-
-
-def test_two_documents_that_take_turns_are_both_kept(load):
-    model = load()
-    for document in (A, B):
-        assert forwarded(model, document, PROMPT) == 132
-    for round in range(3):
-        for document in (A, B):
-            assert forwarded(model, document, PROMPT, [40] * round, [41]) <= 2
-    assert forwarded(model, C, PROMPT) == 132  # takes the place of A, which was used before B
-    assert forwarded(model, B, PROMPT, [40, 40, 41, 42]) == 1
-    assert forwarded(model, A, PROMPT) == 132
-
-
-def test_a_new_document_that_begins_alike_spares_the_old_one(load):
-    model = load()
-    alike = np.concatenate((A[:20], B))
-    assert forwarded(model, A, PROMPT) == 132
-    assert forwarded(model, alike, PROMPT) == 152
-    assert forwarded(model, A, PROMPT, [40]) == 1
-    same_article = np.concatenate((A[:32], C))  # from here on it pays to build on the old one
-    assert forwarded(model, same_article, PROMPT) == 132
-
-
-def test_a_short_prefix_is_rolled_back_in_place(load):
-    model = load()
-    logits(model, PROMPT, [40, 41, 42])
-    assert forwarded(model, PROMPT, [50]) == 1
-    assert model.kv_bytes() == kv_bytes(13)
-
-
-def test_with_one_slot_a_new_document_replaces_the_old(load):
-    model = load(slots_per_session=1)
-    for document in (A, B, A):
-        assert forwarded(model, document, PROMPT) == 132
-    assert forwarded(model, A, PROMPT, [40]) == 1
-    assert model.kv_bytes() == kv_bytes(133)
-    with pytest.raises(ValueError, match="slots_per_session=0"):
-        load(slots_per_session=0)
-
-
-def test_sessions_share_nothing_and_forget_frees(load):
-    model = load()
-    for session in (1, 2):
-        assert forwarded(model, A, PROMPT, session=session) == 132
-        assert forwarded(model, B, session=session) == 120
-    assert model.held_sessions() == 2
-    assert model.kv_bytes() == 2 * (kv_bytes(132) + kv_bytes(120))
-    model.forget(1)
-    assert (model.held_sessions(), model.kv_bytes()) == (1, kv_bytes(132) + kv_bytes(120))
-    assert forwarded(model, A, PROMPT, session=1) == 132
-    assert forwarded(model, A, PROMPT, [40], session=2) == 1
-    for session in (1, 2, 3):
-        model.forget(session)
-    assert (model.held_sessions(), model.kv_bytes()) == (0, 0)
-
-
-def kv_bytes(tokens):
-    """Of the tiny LLaMA in float32: keys and values, 3 layers, 2 heads, 16 numbers each."""
-    return tokens * 2 * 3 * 2 * 16 * 4
+# What a call takes
 
 
 def test_several_prefixes_in_one_call_keep_their_order(load):
@@ -217,7 +138,7 @@ def test_several_prefixes_in_one_call_keep_their_order(load):
 def test_a_caller_may_go_on_writing_into_its_array(load):
     model = load("llama", "float64")
     tokens = np.concatenate((A, PROMPT))
-    logits(model, tokens)
+    model.forward([Prefix(session=1, tokens=tokens)])
     tokens[50:] = B[:82]
     np.testing.assert_allclose(logits(model, tokens), logits(load("llama", "float64"), tokens), rtol=0, atol=1e-9)
 
@@ -225,7 +146,8 @@ def test_a_caller_may_go_on_writing_into_its_array(load):
 def test_a_read_only_array_is_as_good(load):
     tokens = A.copy()
     tokens.setflags(write=False)
-    assert logits(load(), tokens).shape == (VOCABULARY,)
+    (frontier,) = load().forward([Prefix(session=1, tokens=tokens)])
+    assert frontier.logits.shape == (VOCABULARY,)
 
 
 # Passes that fail
@@ -304,231 +226,6 @@ def test_the_longest_prefix_is_served(load, family):
     model = load(family)
     assert model.context_length == CONTEXT
     assert logits(model, np.resize(A, CONTEXT)).shape == (VOCABULARY,)
-
-
-# Text
-
-HOSTILE = "a </s> b <s><|endoftext|><pad>\n</s></s> <|endof<|endoftext|>text|> end"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_text_never_becomes_a_special_token(load, family):
-    model = load(family)
-    special = model.end_tokens | set(model.start_tokens)
-    assert special
-    for text in (HOSTILE, *filter(None, SPECIAL[family])):
-        tokens = model.encode(text)
-        assert special.isdisjoint(tokens)
-        assert model.decode(tokens) == text
-    assert model.decode([*special, *model.encode("x"), *special]) == "x"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("text", [TEXT, "", " ", "naïve — 東京 🙂\t\r\n\0", "a\u00a0b"], ids=repr)
-def test_text_comes_back(load, family, text):
-    model = load(family)
-    assert model.decode(model.encode(text)) == text
-
-
-def test_text_that_is_none_is_read_all_the_same(load):
-    model = load()
-    assert model.decode(model.encode("a\ud800b")) == "a?b"
-
-
-def test_start_and_end_tokens_are_the_checkpoints(load, models, tmp_path):
-    assert (load("gpt2").start_tokens, load("gpt2").end_tokens) == ((), {0})
-    assert (load("opt").start_tokens, load("opt").end_tokens) == ((0,), {0})
-    assert (load("llama").start_tokens, load("llama").end_tokens) == ((0,), {1})
-    folder = copied(models, tmp_path, "llama")
-    edit(folder / "generation_config.json", eos_token_id=[1, 7])
-    model = TransformersModel.load(folder)
-    assert model.end_tokens == {1, 7}
-    assert model.encode(model.decode([8, 7, 9])) == [8, 7, 9]  # an ordinary token may end a sequence and stays text
-    (folder / "generation_config.json").unlink()
-    assert TransformersModel.load(folder).end_tokens == {1}
-
-
-def test_a_vocabulary_that_spells_its_end_is_cut_before_it_can():
-    vocabulary = {character: id for id, character in enumerate("</s>ab ")}
-    merges = [("<", "/"), ("</", "s"), ("</s", ">")]
-    vocabulary |= {left + right: 7 + id for id, (left, right) in enumerate(merges)}
-    spelling = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
-    end = vocabulary["</s>"]
-    assert end in spelling.encode("a</s>b").ids
-    plain = PlainTokenizer(spelling, {end})
-    tokens = plain.encode("a</s></s>b")
-    assert end not in tokens
-    assert "".join(spelling.id_to_token(token) for token in tokens) == "a</s></s>b"
-    assert end in spelling.encode("a</s>b").ids  # the caller's own is left as it was
-
-
-def test_special_tokens_without_the_mark_and_stored_truncation_do_no_harm():
-    backend = make_tokenizer("llama").backend_tokenizer
-    description = json.loads(backend.to_str())
-    for added in description["added_tokens"]:
-        added["special"] = False
-    careless = tokenizers.Tokenizer.from_str(json.dumps(description))
-    careless.enable_truncation(3)
-    careless.enable_padding(length=50)
-    assert 1 in careless.encode("</s>").ids
-    plain = PlainTokenizer(careless, {0, 1})
-    assert {0, 1}.isdisjoint(plain.encode(HOSTILE))
-    assert plain.encode(TEXT) == backend.encode(TEXT, add_special_tokens=False).ids
-    assert plain.decode([1, *plain.encode("x"), 0]) == "x"
-
-
-def test_many_threads_may_encode_and_decode(load):
-    model = load("opt")
-    texts = [f"{HOSTILE} {number} {TEXT}" for number in range(40)]
-    expected = [model.encode(text) for text in texts]
-    wrong = []
-
-    def work():
-        for text, tokens in zip(texts, expected, strict=True):
-            if model.encode(text) != tokens or model.decode(tokens) != text:
-                wrong.append(text)
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
-# Files that cannot be served
-
-
-def copied(models, tmp_path, family="llama"):
-    return Path(shutil.copytree(tiny_model(family, models), tmp_path / "copy"))
-
-
-def edit(file, **changes):
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def cut_weights(folder):
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-
-
-def garble_weights(folder):
-    file = folder / "model.safetensors"
-    file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
-
-
-def pickle_weights(folder):
-    from safetensors.torch import load_file
-
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
-def lose_a_tensor(folder):
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def lose_the_tokenizer(folder):
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
-
-
-DAMAGE = {
-    "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
-    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
-    "listed config": (lambda folder: (folder / "config.json").write_text("[1]"), "config.json cannot be read"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
-    "pickled": (pickle_weights, r"only pickled weights \(pytorch_model.bin\)"),
-    "cut": (cut_weights, "the weights cannot be read"),
-    "garbled": (garble_weights, "the weights cannot be read"),
-    "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "the weights cannot be read"),
-    "tensor lost": (lose_a_tensor, "lack 1 of the model's tensors, 'model.layers.1.mlp.up_proj.weight'"),
-    "other width": (lambda folder: edit(folder / "config.json", intermediate_size=96), "the weights"),
-    "other depth": (lambda folder: edit(folder / "config.json", num_hidden_layers=5), "lack .* of the model's tensors"),
-    "no tokenizer": (lose_the_tokenizer, "tokenizer"),
-    "broken tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "the tokenizer cannot be read"),
-    "other family": (
-        lambda folder: edit(folder / "config.json", model_type="gpt_neox"),
-        "'gpt_neox' model; served are",
-    ),
-    "no family": (lambda folder: edit(folder / "config.json", model_type="nonsense"), "config.json cannot be read"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.filterwarnings("default")
-def test_a_damaged_folder_is_refused_by_name(models, tmp_path, damage):
-    folder = copied(models, tmp_path)
-    harm, complaint = DAMAGE[damage]
-    harm(folder)
-    with pytest.raises(BadModel, match=complaint) as refusal:
-        TransformersModel.load(folder)
-    assert str(folder) in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    "name", [Path("nowhere"), "./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere", "", __file__], ids=str
-)
-def test_a_folder_that_is_not_there_is_a_bad_model(name):
-    with pytest.raises(BadModel, match="is no model folder: check the path"):
-        TransformersModel.load(name)
-
-
-def test_sliding_windows_are_refused_because_they_cannot_go_back(models, tmp_path):
-    folder = tiny_model("mistral", tmp_path, sliding_window=16)
-    with pytest.raises(BadModel, match="keeps only part of its past .*DynamicSlidingWindowLayer"):
-        TransformersModel.load(folder)
-
-
-def test_cross_attention_is_refused(tmp_path):
-    with pytest.raises(BadModel, match="'gpt2' model; served are decoders"):
-        TransformersModel.load(tiny_model("gpt2", tmp_path, add_cross_attention=True))
-
-
-def test_the_folders_own_code_is_not_run(models, tmp_path):
-    folder = copied(models, tmp_path)
-    marker = tmp_path / "ran"
-    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
-    edit(folder / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.Config"})
-    with pytest.raises(BadModel):
-        TransformersModel.load(folder)
-    edit(folder / "config.json", model_type="llama", auto_map={"AutoModelForCausalLM": "evil.Model"})
-    assert TransformersModel.load(folder).vocabulary == VOCABULARY
-    assert not marker.exists()
-
-
-def test_a_tokenizer_larger_than_the_model_is_refused(models, tmp_path):
-    folder = tiny_model("gpt2", tmp_path, vocab_size=300)
-    with pytest.raises(BadModel, match="largest token id is 383, the model knows 300 tokens"):
-        TransformersModel.load(folder)
-
-
-def test_settings_that_are_not_there_are_refused(models):
-    folder = tiny_model("gpt2", models)
-    with pytest.raises(ValueError, match="dtype 'int8' is not one of float32"):
-        TransformersModel.load(folder, dtype="int8")
-    for device in ("cuda:99", "nonsense"):
-        with pytest.raises(ValueError, match=f"device '{device}' is not there"):
-            TransformersModel.load(folder, device=device)
-
-
-def test_without_transformers_the_error_names_the_extra(models, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'ralmspec\[local\]'"):
-        TransformersModel.load(models)
-
-
-def test_loading_prints_nothing_and_leaves_the_progress_bars_as_they_were(models, capfd):
-    folder = tiny_model("llama", models)
-    capfd.readouterr()
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    TransformersModel.load(folder)
-    assert capfd.readouterr() == ("", "")
-    assert transformers.utils.logging.is_progress_bar_enabled() == shown
 
 
 # Larger things that are not everywhere

@@ -1,0 +1,105 @@
+"""What the four stages of the cycle share: turns in, one thread call for all of them, sessions back.
+
+A stage of the cycle only says three things: what it takes from a session, what is done with a batch of that in its
+worker, and what the session is given of the result. Everything that can go wrong between is settled here, once.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
+
+from ralmspec.retrievers.errors import RalmspecError
+
+from .errors import InvariantBroken, WorkerLost
+from .messages import Turn
+from .request import Status
+from .session import Session
+from .stage import Inbox, Outbox, Worker, take
+
+FATAL = (WorkerLost, InvariantBroken)
+"""Nobody's fault among the sessions: the stage dies of it, and the engine with the stage (R10)."""
+
+Work = TypeVar("Work")
+Result = TypeVar("Result")
+
+
+class CycleStage(Generic[Work, Result]):
+    """A stage that serves turns; `batch` of them at most share one thread call."""
+
+    def __init__(
+        self, sessions: Mapping[int, Session], worker: Worker, now: Callable[[], float], *, batch: int = 32
+    ) -> None:
+        self._sessions = sessions
+        self._worker = worker
+        self._now = now
+        self._batch = batch
+
+    def take(self, session: Session) -> Work | None:
+        """A section: what there is to do for this session now, if anything."""
+        raise NotImplementedError
+
+    def work(self, batch: list[Work]) -> list[Result | Exception]:
+        """In the worker: a result for each, in order; an exception stands for the fault of one session alone."""
+        raise NotImplementedError
+
+    def give(self, session: Session, work: Work, result: Result, turn: Turn, start: float) -> None:
+        """A section: take in the result. `turn.issued` to now is how long it took, waiting included, `start` to now
+        without."""
+        raise NotImplementedError
+
+    async def run(self, inbox: Inbox[Turn], outbox: Outbox[Session]) -> None:
+        """Serve until the inbox ends."""
+        while turns := await take(inbox, self._batch):
+            await self._serve(turns, outbox)
+
+    async def _serve(self, turns: list[Turn], outbox: Outbox[Session]) -> None:
+        # A turn keeps its session live (R6), so the look-up cannot fail; the objects are held because the table may
+        # change during the call.
+        at_hand = [(turn, self._sessions[turn.session]) for turn in turns]
+        taken: list[tuple[Turn, Session, Work]] = []
+        try:
+            for turn, session in at_hand:
+                if not session.is_stale(turn.epoch):  # R4
+                    with _fault_of(session):
+                        if (work := self.take(session)) is not None:
+                            taken.append((turn, session, work))
+            if taken:
+                start = self._now()
+                results = await self._worker.call(self.work, [work for _, _, work in taken])
+                for (turn, session, work), result in zip(taken, results, strict=True):
+                    with _fault_of(session):
+                        if isinstance(result, Exception):
+                            raise result
+                        self.give(session, work, result, turn, start)
+        except FATAL:
+            raise
+        except Exception as error:  # the batch's fault fails its live members, each with an error of its own (R10)
+            for _, session, _ in taken:
+                session.finish(Status.FAILED, _own(error))
+        finally:
+            for turn, session in at_hand:
+                session.come_home(turn)
+                outbox.send_nowait(session)
+
+
+class _fault_of:  # reads as a clause: with _fault_of(session)
+    """An exception inside fails this session, and nobody else (R10)."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception) or isinstance(error, FATAL):
+            return False
+        self._session.finish(Status.FAILED, error)
+        return True
+
+
+def _own(error: Exception) -> Exception:
+    """A copy to raise in one caller's task: a shared instance would collect every caller's traceback."""
+    if not isinstance(error, RalmspecError):
+        return error
+    copy = type(error)(*error.args)
+    copy.__cause__ = error
+    return copy
