@@ -37,9 +37,12 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt --editable '.[demo]' --group dev
 	touch $@
 
-demo: $(READY) ## answer real questions over Wikipedia, sequentially and speculatively, and compare
-	$(BIN)/ralmspec compare --data examples/demo --model examples/demo/model --encoder minilm \
-		--questions 6 --retriever-latency 0.3
+DEMO := --data examples/demo --model examples/demo/model --retriever-latency 0.3
+QUESTION ?= who wrote the adventures of huckleberry finn
+
+demo: $(READY) ## answer a real question over Wikipedia, then serve four of them in every arrangement and compare
+	$(BIN)/ralmspec ask "$(QUESTION)" $(DEMO) --max-new-tokens 48 --drafts --sources
+	$(BIN)/ralmspec compare $(DEMO) --questions 4 --max-new-tokens 64
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

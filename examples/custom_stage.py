@@ -66,8 +66,7 @@ class Citations:
                 cited = self.open.pop(event.session, Cited())
                 if cited.newest is not None:
                     lines = [f"[{number}] {title} (passage {id})" for id, (number, title) in cited.numbers.items()]
-                    # With the end's own serial (by which a reader's progress is known): the end follows at once.
-                    yield replace(cited.newest, serial=event.serial, text="\n\n" + "\n".join(lines), tokens=())
+                    yield replace(cited.newest, text="\n\n" + "\n".join(lines), tokens=())
             case Done():
                 self.open.pop(event.session, None)
         yield event

@@ -23,7 +23,7 @@ class Difference:
     """Where two outputs part."""
 
     position: int
-    gap: float
+    gap: float | None
     explained: bool
 
 
@@ -46,7 +46,7 @@ def differ(
     step = position // workload.retrieval_stride
     same_documents = documents[: step + 1] == [s.document.id for s in answer.steps[: step + 1]]
     if position >= len(reference.tokens) or not same_documents:
-        return Difference(position, float("nan"), explained=False)
+        return Difference(position, None, explained=False)
     context = [*workload.prompt(prompt)[0], *reference.tokens[:position]]
     retrieved = Ranking(np.array([documents[step]], dtype=np.int64), np.zeros(1, dtype=np.float32))
     tokens = workload.prefix(context, retrieved)

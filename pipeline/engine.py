@@ -1,7 +1,7 @@
 """What the command line needs to serve: a model, a knowledge base and questions, opened from paths."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ralmspec.retrievers.base import Retriever
@@ -22,9 +22,13 @@ class EngineOptions:
     device: str = "cpu"
     model_threads: int = 1
     index_threads: int = 1
-    latency_s: float = 0.0
-    latency_concurrency: int = 1
+    retriever_latency: float = 0.0
+    retriever_concurrency: int = 1
     pad_to: int = 0
+
+    def facts(self) -> dict[str, str | int | float]:
+        """For a report's environment; the data folder only by its name."""
+        return asdict(self) | {"data": self.data.name}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +64,8 @@ def open_engine(options: EngineOptions) -> Engine:
         index = ExactDense(passages, corpus.embeddings, encoder, threads=options.index_threads)
     retriever: Retriever = index
     description = index.description
-    if options.latency_s > 0:
-        delayed = SetLatency(index, options.latency_s, options.latency_concurrency)
+    if options.retriever_latency > 0:
+        delayed = SetLatency(index, options.retriever_latency, options.retriever_concurrency)
         retriever, description = delayed, delayed.description
     model = TransformersModel.load(options.model, device=options.device, dtype=options.dtype)
     return Engine(options, model, retriever, index, corpus, description)

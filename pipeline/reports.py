@@ -53,8 +53,8 @@ class Case(BaseModel):
     arrangement: str
     position: int
     """First differing generated token."""
-    gap: float
-    """Difference of the two best scores there, under RaLMSeq's prefix."""
+    gap: float | None
+    """Difference of the two best scores there, under RaLMSeq's prefix; None where the documents already differ."""
     tolerance: float
     explained: bool
     """Same documents up to there, and the gap is within the tolerance."""

@@ -18,7 +18,7 @@ class Step:
     """Uncommitted as long as it stands in `Session.steps`.
 
     `start` counts generated tokens before it. `retrieved` is a guess until the step is `certain`, and None while
-    nothing is known at all. The step is `complete` when it has all its tokens; it commits when it is certain and complete.
+    nothing is known at all. It is `complete` when it has all its tokens, and commits when it is certain and complete.
     `busy_s` is the time it has spent in Lookup and Generate, waiting for its turn included.
     """
 

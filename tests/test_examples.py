@@ -34,8 +34,9 @@ on_demo_data = pytest.mark.skipif(bool(ABSENT), reason=f"needs ralmspec[demo]; n
 
 
 @pytest.fixture
-def anyio_backend() -> None:
-    """No backend: anyio's plugin, which takes every asynchronous test, then leaves them to pytest-asyncio."""
+def anyio_backend() -> str:
+    """One: anyio's plugin asks for it in every asynchronous test, and would have each run once for each backend."""
+    return "asyncio"
 
 
 def load(name: str) -> ModuleType:

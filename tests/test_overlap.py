@@ -5,6 +5,7 @@ a = e + k·p: its look-up and its decoding. n steps are served, `ignore_eos` mak
 """
 
 import math
+from itertools import takewhile
 from typing import Any
 
 import anyio
@@ -149,7 +150,7 @@ class Noted(FakeModel):
         return super().forward(prefixes)
 
 
-@pytest.mark.parametrize("b", [0.05, 0.25, 0.301, 0.399, 0.43])
+@pytest.mark.parametrize("b", [0.05, 0.25, 0.301, 0.399, 0.43, 0.6])
 async def test_a_rollback_interrupts_at_the_next_token(b: float) -> None:
     e, p, n = 0.05, 0.1, 6
     model, retriever, workers = Noted(), AlwaysMisses(), Workers(encoder=e, model=p, index=b)
@@ -158,24 +159,26 @@ async def test_a_rollback_interrupts_at_the_next_token(b: float) -> None:
     )
     # The search for step i + 1 goes out when that step has been looked up; its draft decodes beside it. The verdict
     # comes b later, in the middle of a pass, or of the look-up after the draft's last token. That one call is waited
-    # for, nothing else: the redo begins at the next multiple of p, or, if the draft was complete, after its look-up.
-    waits = math.ceil(b / p) * p if b <= K * p else max(b, K * p + e)
-    assert seconds == pytest.approx(e + b + n * K * p + (n - 1) * (e + waits))
+    # for, nothing else: the redo begins at the next multiple of p, or, if the draft was complete, after its look-up,
+    # which the last step has not.
+    waits = [math.ceil(b / p) * p if b <= K * p else max(b, K * p + e)] * (n - 1)
+    if b > K * p:
+        waits[-1] = b
+    assert seconds == pytest.approx(e + b + n * K * p + (n - 1) * e + sum(waits))
     assert answer.statistics.rollbacks == n - 1
-    drafted = min(math.ceil(b / p), K)
-    assert answer.statistics.wasted_tokens == (n - 1) * drafted
+    assert answer.statistics.wasted_tokens == (n - 1) * min(math.ceil(b / p), K)
 
-    # The same, seen from the model: after each verdict at most the pass that was running ends under the wrong document.
+    # The same, seen from the model: after a verdict the pass that was running ends, and the next one is the redo.
     truth = [step.document.id for step in answer.steps]
     verdicts = [end for _, end in workers["index"].log]
     assert len(verdicts) == n and truth == list(range(n))
     for step in range(1, n):
-        until = verdicts[step + 1] if step + 1 < n else float("inf")
-        after = [(at, document) for at, document in model.log if verdicts[step] < at <= until]
-        wrong = [at for at, document in after if document == 0]
-        redone = [at for at, document in after if document == truth[step] % 24]
-        assert len(wrong) <= 1 and all(at < verdicts[step] + p for at in wrong)
-        assert len(redone) == K and redone[0] == pytest.approx(verdicts[step] - b + waits + p)
+        after = [(at, document) for at, document in model.log if at > verdicts[step] + 1e-9]
+        running = list(takewhile(lambda entry: entry[1] == 0, after))
+        assert len(running) <= 1 and all(at < verdicts[step] + p for at, _ in running)
+        redone = after[len(running) :][:K]
+        assert [document for _, document in redone] == [truth[step]] * K
+        assert redone[0][0] == pytest.approx(verdicts[step] - b + waits[step - 1] + p)
 
 
 async def test_verification_beside_decoding_beats_waiting_at_equal_strides() -> None:

@@ -1,0 +1,86 @@
+"""What the commands share on a terminal: consoles, progress, and an end in a sentence instead of a traceback."""
+
+import contextlib
+import os
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import anyio
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ralmspec.retrievers.errors import RalmspecError
+from ralmspec.stages.stride import OS3, StrideSettings
+
+from .engine import Engine, EngineOptions, open_engine
+
+out = Console()
+if not out.is_terminal:
+    out.width = 120  # room for the tables in files and logs
+err = Console(stderr=True)
+
+
+def load(options: EngineOptions) -> Engine:
+    """Open the engine, saying so."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with err.status("loading model and index"):
+        return open_engine(options)
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run on uvloop where it is installed; errors become a sentence and exit code 2, Ctrl-C becomes 130."""
+    try:
+        import uvloop  # noqa: F401
+
+        backend: dict[str, Any] = {"use_uvloop": True}
+    except ImportError:
+        backend = {}
+    try:
+        anyio.run(main, backend_options=backend)
+    except (RalmspecError, ValueError) as error:
+        err.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr; call what is yielded with the name of each piece of work as it begins."""
+    columns = (
+        TextColumn("{task.fields[what]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.description}"),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("", total=total, what=what)
+
+        def tell(text: str) -> None:
+            begun = bar.tasks[0].description != ""
+            bar.update(task, advance=1 if begun else 0, description=escape(text[:60]))
+
+        yield tell
+
+
+def stride(text: str) -> StrideSettings | int:
+    """A speculation stride as typed: a number, or 'os3'."""
+    return OS3() if text.strip().lower() == "os3" else number(text, "stride")
+
+
+def number(text: str, what: str) -> int:
+    """A whole number as typed; a usage error that names the option otherwise."""
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{what}: {text!r} is not a number") from None
+
+
+def question_sets(engine: Engine, typed: str) -> list[str]:
+    """Question sets as typed."""
+    return engine.corpus.question_sets() if typed == "all" else [name.strip() for name in typed.split(",")]

@@ -1,0 +1,153 @@
+"""The benchmarks measure what they say: time on the loop counts, time in the model does not, and late naps are seen."""
+
+import importlib.util
+import json
+import time
+from collections.abc import Sequence
+from functools import partial
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import anyio
+import pytest
+import typer
+from fakes import FakeModel, FakeRetriever
+from typer.testing import CliRunner
+
+from ralmspec.pipeline import Pipeline
+from ralmspec.stages.model import Frontier, Prefix
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+PAUSE_S = 0.05
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    assert isinstance(spec, ModuleSpec) and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def program(name: str) -> tuple[ModuleType, typer.Typer]:
+    module, app = load(name), typer.Typer()
+    app.command()(module.main)
+    return module, app
+
+
+@pytest.mark.parametrize("name", ["framework_cost", "loop_lag"])
+def test_help_names_the_options(name: str) -> None:
+    shown = CliRunner().invoke(program(name)[1], ["--help"])
+    assert shown.exit_code == 0
+    assert "--json" in shown.stdout
+
+
+# framework_cost ------------------------------------------------------------------------------------------------------
+
+
+def cost_of(arrangement: str, change: dict[str, Any]) -> Any:
+    """The cost of two steps of four tokens, with methods of the instant model replaced."""
+    module = load("framework_cost")
+    model = module.InstantModel()
+    for name, replacement in change.items():
+        setattr(model, name, replacement)
+    engine = module.Engine(model, module.InstantRetriever(), ["a question"])
+    return anyio.run(partial(module.measure, repeats=2, max_new_tokens=8), "asyncio", "instant", arrangement, engine)
+
+
+def slowly(work: Any) -> Any:
+    def slow(*arguments: Any) -> Any:
+        time.sleep(PAUSE_S)
+        return work(*arguments)
+
+    return slow
+
+
+def test_sequential_serving_makes_a_pass_a_token_and_every_gap_is_counted() -> None:
+    cost = cost_of("RaLMSeq", {})
+    assert (cost.steps, cost.passes) == (2, 8)
+    kinds = {"begin > encode", "encode > search", "search > forward", "forward > forward", "forward > encode"}
+    assert set(cost.gaps) == kinds | {"forward > end"}
+    assert all(gap > 0 for gap in cost.gaps.values())
+    counts = [1, 2, 2, 6, 1, 1]
+    assert sum(c * g for c, g in zip(counts, cost.gaps.values(), strict=True)) == pytest.approx(2 * cost.typical_ms)
+    assert cost.bare_ms > 0
+    assert cost.allowed_ms == pytest.approx(0.5 + 4 * 0.15)
+
+
+def test_time_in_the_model_is_inside_and_time_on_the_loop_is_cost() -> None:
+    model = load("framework_cost").InstantModel()
+    cost = cost_of("RaLMSeq", {"forward": slowly(model.forward)})
+    assert cost.inside_ms >= 4 * PAUSE_S * 1e3
+    assert cost.quickest_ms < 4 * PAUSE_S * 1e3
+    cost = cost_of("RaLMSeq", {"decode": slowly(model.decode)})  # a query and a committed text a step, on the loop
+    assert cost.inside_ms < PAUSE_S * 1e3
+    assert min(cost.quickest_ms, cost.typical_ms) >= 2 * PAUSE_S * 1e3
+    assert cost.missed
+
+
+def test_nothing_is_promised_where_calls_overlap() -> None:
+    cost = cost_of("+PSA", {})
+    assert cost.quickest_ms > 0
+    assert (cost.typical_ms, cost.bare_ms, cost.allowed_ms, cost.gaps, cost.missed) == (None, None, None, {}, False)
+
+
+def test_framework_cost_writes_its_rows_and_fails_a_missed_promise_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, app = program("framework_cost")
+    monkeypatch.setattr(module, "STEP_MS", -100.0)
+    file = tmp_path / "cost.json"
+    options = ["--fakes-only", "--repeats", "1", "--max-new-tokens", "8", "--json", str(file)]
+    shown = CliRunner().invoke(app, options)
+    assert shown.exit_code == 0, shown.output
+    assert "MISSED" in shown.stdout
+    report = json.loads(file.read_text())
+    assert report["promise"] == {"step_ms": -100.0, "pass_ms": 0.15, "kept": False}
+    assert {(row["engine"], row["arrangement"]) for row in report["rows"]} == {
+        ("instant", "RaLMSeq"),
+        ("instant", "RaLMSpec"),
+        ("instant", "+PSA"),
+    }
+    assert CliRunner().invoke(app, [*options, "--check"]).exit_code == 1
+
+
+# loop_lag ------------------------------------------------------------------------------------------------------------
+
+
+class Chatty(FakeModel):
+    """Never ends; `decode`, which runs on the loop, takes as long as told, and `forward` a millisecond."""
+
+    def __init__(self, pause_s: float = 0.0) -> None:
+        super().__init__(ends=False)
+        self.pause_s = pause_s
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        time.sleep(self.pause_s)
+        return super().decode(tokens)
+
+    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier]:
+        time.sleep(0.001)
+        return super().forward(prefixes)
+
+
+def lag_of(model: FakeModel) -> Any:
+    pipeline = Pipeline(model=model, retriever=FakeRetriever())
+    work = partial(load("loop_lag").measure, sessions=4, seconds=0.5, max_new_tokens=8)
+    return anyio.run(work, "asyncio", pipeline, ["3 1 4", "1 5 9"])
+
+
+def test_sessions_are_served_one_after_another_while_naps_are_taken() -> None:
+    lag = lag_of(Chatty())
+    assert lag.answers >= 4
+    assert lag.tokens >= 8 * lag.answers
+    assert 1 < lag.naps <= 100, "a nap is 5 ms, and there was half a second"
+    assert 0 <= lag.p50_ms <= lag.p99_ms <= lag.max_ms
+
+
+def test_a_blocked_loop_is_seen() -> None:
+    lag = lag_of(Chatty(pause_s=0.08))
+    assert lag.max_ms > 60
+    assert lag.missed
