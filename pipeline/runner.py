@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import anyio
 from anyio import create_memory_object_stream
-from anyio.abc import TaskGroup
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from ralmspec.retrievers.base import Retriever
@@ -51,9 +50,11 @@ class Limits:
         for name in ("sessions", "cached_documents", "unread_events"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Limits({name}={getattr(self, name)}): must be at least 1")
-        for name in ("stall_s", "call_s", "drain_s"):
+        for name in ("stall_s", "call_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Limits({name}={getattr(self, name)}): must be above 0")
+        if not self.drain_s >= 0:
+            raise ValueError(f"Limits(drain_s={self.drain_s}): must not be below 0")
 
 
 _SESSION_IDS: Iterator[int] = count(1)
@@ -83,7 +84,6 @@ class Runner:
         self._opened = self._accepting = False
         self._changed = anyio.Event()
         self._scopes: list[anyio.CancelScope] = []
-        self._running = 0
         self._mean_session_s = 1.0
 
         inboxes, outboxes = {}, {}
@@ -119,6 +119,7 @@ class Runner:
             self._stages.append((type(output_stage).__name__, output_stage, inbox, path[number + 1][0]))
         if output:
             self._stages.append(("delivery", Delivery(self.switch), path[-1][1], self.switch))
+        self._running = len(self._stages)
 
     @property
     def accepting(self) -> bool:
@@ -177,14 +178,14 @@ class Runner:
     async def serve(self) -> AsyncGenerator[None]:
         """Run the stages while the block runs; then drain (R11). After a death, leaving raises `EngineDead`."""
         failure: Exception | None = None
+        watch = anyio.CancelScope()
         async with anyio.create_task_group() as tasks:
-            for name, stage, inbox, outbox in self._stages:
-                self._start(tasks, name, stage, inbox, outbox)
-            watch = anyio.CancelScope()
-            tasks.start_soon(self._watch, watch)
-            self._opened = self._accepting = True
             patience = 0.0
             try:
+                for stage in self._stages:
+                    tasks.start_soon(self._live, *stage)
+                tasks.start_soon(self._watch, watch)
+                self._opened = self._accepting = True
                 yield
                 patience = self.limits.drain_s
             except Exception as error:  # the caller's own; the task group would hide it in an exception group
@@ -200,27 +201,23 @@ class Runner:
         if self.dead is not None:
             raise self.dead
 
-    def _start(self, tasks: TaskGroup, name: str, stage: Stage[Any, Any], inbox: Any, outbox: Any) -> None:
-        scope = anyio.CancelScope()
+    async def _live(self, name: str, stage: Stage[Any, Any], inbox: Any, outbox: Any) -> None:
+        """The life of a stage. Only its own scope ends it early: a cancelled caller drains first (R11)."""
+        scope = anyio.CancelScope(shield=True)
         self._scopes.append(scope)
-        self._running += 1
-
-        async def live() -> None:
-            try:
-                with scope, inbox:
-                    await stage.run(inbox, outbox)
-                    if self._accepting or self.switch.live:
-                        raise InvariantBroken(f"the stage {name} returned although its inbox was open")
-            except Exception as error:
-                self._die(f"the stage {name} died of {type(error).__name__}: {error}", error)
-            finally:
-                if outbox is not self.switch:
-                    outbox.close()  # the end travels down the output path by itself
-                self._running -= 1
-                if self._running == 0:
-                    self._bury()
-
-        tasks.start_soon(live, name=f"ralmspec {name}")
+        try:
+            with scope, inbox:
+                await stage.run(inbox, outbox)
+                if self._accepting or self.switch.live:
+                    raise InvariantBroken(f"the stage {name} returned although its inbox was open")
+        except Exception as error:
+            self._die(f"the stage {name} died of {type(error).__name__}: {error}", error)
+        finally:
+            if outbox is not self.switch:
+                outbox.close()  # the end travels down the output path by itself
+            self._running -= 1
+            if self._running == 0:
+                self._bury()
 
     async def _drain(self, patience_s: float) -> None:
         """Admission off, let sessions end, finish the rest, wait for thread calls, and see that all is home."""
@@ -257,7 +254,7 @@ class Runner:
     def _bury(self) -> None:
         """No stage runs any more, so nothing is out: what lay in queues or dead hands is released."""
         for session in list(self.switch.live.values()):
-            self.switch.bury(session, EngineDead(str(self.dead or "the stages have ended")))
+            self.switch.bury(session, EngineDead(str(self.dead)))
         self._change()
 
     async def _watch(self, scope: anyio.CancelScope) -> None:

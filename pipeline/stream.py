@@ -58,7 +58,6 @@ class SessionStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._runner.end(self._sink.session, Status.CANCELLED, Cancelled("the session's block was left"))
-        self._ended = True
 
     def __aiter__(self) -> Self:
         return self
@@ -82,8 +81,9 @@ class SessionStream:
         return self._entered
 
     def cancel(self) -> None:
-        """End the session from another task; its reader sees `Cancelled`."""
-        self._runner.end(self._sink.session, Status.CANCELLED, Cancelled("the session was cancelled"))
+        """End the session from another task; its reader sees `Cancelled`. Harmless before it is entered, or again."""
+        if self._entered is not None:
+            self._runner.end(self._sink.session, Status.CANCELLED, Cancelled("the session was cancelled"))
 
     @property
     def id(self) -> int:

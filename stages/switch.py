@@ -7,6 +7,7 @@ sessions cannot be full, and no send inside the cycle ever waits (R5 to R7).
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NoReturn
 
 import anyio
@@ -107,7 +108,7 @@ class Switch:
         except anyio.WouldBlock:
             overflow(event)
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-            self.deliver(event)  # the output path is dead; the caller still learns how it ended
+            pass  # the output path is dead with what was in it, so is the engine, and `bury` will say so
         else:
             self.live[event.session].unread += 1
 
@@ -127,8 +128,8 @@ class Switch:
     def bury(self, session: Session, error: BaseException) -> None:
         """No stage runs any more, so nothing is out: end the session if need be, and release it."""
         session.finish(Status.FAILED, error)
-        if Place.OUTPUT in session.out:  # its last event was lost on the output path
-            self.deliver(session.last_event())
+        if Place.OUTPUT in session.out:  # its end was lost on the output path, and maybe more: it is not complete
+            self.deliver(replace(session.last_event(), error=error))
         session.write_off()
         self.send_nowait(session)
 

@@ -9,8 +9,8 @@ from typing import Any
 import anyio
 import numpy as np
 
-from ralmspec.pipeline.errors import EngineDead
 from ralmspec.retrievers.base import Document, Ids, Query, Ranking, Scores
+from ralmspec.stages.errors import WorkerLost
 from ralmspec.stages.model import Frontier, Prefix, Tokens
 
 VOCABULARY = 24
@@ -168,7 +168,7 @@ class VirtualWorker:
             with anyio.CancelScope(shield=True):
                 if math.isinf(seconds := self.delay(self.name)):
                     await self._abandoned.wait()
-                    raise EngineDead(f"the call to {self.name} was given up")
+                    raise WorkerLost(f"the call to {self.name} was given up")
                 await anyio.sleep(seconds)
             self.fault(self.name)
             return work(*arguments)

@@ -8,7 +8,19 @@ from anyio import EndOfStream
 from fakes import FakeModel, FakeRetriever, fixed
 from oracle import sequential
 
-from ralmspec.pipeline import Answer, Arrangement, Asynchronous, Event, Inbox, InContext, Limits, Outbox, Pipeline
+from ralmspec.pipeline import (
+    Answer,
+    Arrangement,
+    Asynchronous,
+    Event,
+    Inbox,
+    InContext,
+    Limits,
+    Outbox,
+    Pipeline,
+    SessionStream,
+)
+from ralmspec.stages.session import Session
 
 PROMPT = "3 1 4"
 TOKENS = 12
@@ -53,6 +65,16 @@ async def until(condition: Callable[[], object]) -> None:
     with anyio.fail_after(3600):
         while not condition():  # noqa: ASYNC110 (virtual time, and nothing announces all the things waited for)
             await anyio.sleep(0.01)
+
+
+def state(stream: SessionStream) -> Session:
+    """The session behind a stream that was entered; what no caller sees."""
+    return stream._sink.session
+
+
+def waiting(stream: SessionStream) -> int:
+    """Events that wait for the stream's reader."""
+    return len(stream._sink.events)
 
 
 class Lingers:

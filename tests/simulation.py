@@ -8,7 +8,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -46,10 +46,13 @@ from ralmspec.pipeline import (
     SessionStream,
     Synchronous,
 )
-from ralmspec.stages import generate, lookup, prefetch, verify
 from ralmspec.stages.arrangement import Outlook
+from ralmspec.stages.generate import Generate
+from ralmspec.stages.lookup import Lookup
+from ralmspec.stages.prefetch import Prefetch
 from ralmspec.stages.session import Session
 from ralmspec.stages.stride import FixedStride
+from ralmspec.stages.verify import Verify
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,9 +237,16 @@ class Client:
             with anyio.move_on_after(after):
                 await self._read(stream)
         elif way == 1:
-            timer = asyncio.get_running_loop().call_later(after, stream.cancel)
-            await self._read(stream)
-            timer.cancel()
+
+            def cancel() -> None:
+                with suppress(RuntimeError):  # not entered yet, so there is nothing to cancel
+                    stream.cancel()
+
+            timer = asyncio.get_running_loop().call_later(after, cancel)
+            try:
+                await self._read(stream)
+            finally:
+                timer.cancel()
         else:
             await self._read(stream, events=self.chance.randrange(6) if way == 2 else 0)
         if not self.ends:  # cut before the stream's own end
@@ -324,26 +334,43 @@ def bookkeeping() -> Iterator[Book]:
     book.rollbacks = sum(session.statistics.rollbacks for session in book.ends)
 
 
-@contextmanager
-def deadly(chance: random.Random) -> Iterator[None]:
-    """One of the four stages dies at a random turn, with or without turns in its hands."""
-    module = chance.choice((lookup, generate, verify, prefetch))
-    moment, empty_handed = chance.randrange(1, 60), chance.random() < 0.5
-    original = module.take
+class Deathbed:
+    """The inbox of a stage that dies at a certain turn, with or without that turn in its hands."""
 
-    async def take(inbox: Any, limit: int) -> Any:
-        nonlocal moment
-        moment -= 1
-        if moment <= 0 and empty_handed:
-            raise Bad(module.__name__)
-        turns = await original(inbox, limit)
-        if moment <= 0 and turns:
-            raise Bad(module.__name__)
-        return turns
+    def __init__(self, inbox: Any, moment: int, empty_handed: bool) -> None:
+        self.inbox = inbox
+        self.moment = moment
+        self.empty_handed = empty_handed
+
+    async def receive(self) -> Any:
+        self.moment -= 1
+        if self.moment <= 0 and self.empty_handed:
+            raise Bad("before a turn")
+        return self._after(await self.inbox.receive())
+
+    def receive_nowait(self) -> Any:
+        return self._after(self.inbox.receive_nowait())
+
+    def _after(self, turn: Any) -> Any:
+        if self.moment <= 0:
+            raise Bad("with a turn")
+        return turn
+
+
+@contextmanager
+def deadly(stage: type[Any], moment: int, empty_handed: bool) -> Iterator[None]:
+    """One of the four stages dies at its so manieth turn."""
+    original = stage.run
+
+    async def run_to_death(self: Any, inbox: Any, outbox: Any) -> None:
+        await original(self, Deathbed(inbox, moment, empty_handed), outbox)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "take", take)
+        patch.setattr(stage, "run", run_to_death)
         yield
+
+
+STAGES = (Lookup, Generate, Verify, Prefetch)
 
 
 def delays(chance: random.Random) -> Callable[[str], float]:
@@ -372,9 +399,10 @@ def simulate(luck: Luck) -> Counter[str]:
         sessions=chance.choice((1, 2, 5, 16, 64)),
         cached_documents=chance.choice((1, 3, 4096)),
         unread_events=chance.choice((1, 2, 3, 64)),
-        drain_s=chance.choice((0.0, 0.3, 30.0)) if drains else 30.0,
+        drain_s=chance.choice((1e-3, 0.3, 30.0)) if drains else 30.0,
     )
     leave_at = chance.expovariate(1)
+    death = deadly(chance.choice(STAGES), chance.randrange(1, 60), chance.random() < 0.5)
 
     def fault(name: str) -> None:
         if chance.random() < rate:
@@ -412,7 +440,7 @@ def simulate(luck: Luck) -> Counter[str]:
         assert asyncio.all_tasks() == {asyncio.current_task()}, "tasks were left behind"
 
     world.model.forgotten.clear()
-    with bookkeeping() as book, deadly(chance) if dies and not outside else nullcontext():
+    with bookkeeping() as book, death if dies and not outside else nullcontext():
         run(main, seed=luck.seed)
     settled(book, clients, world)
     tally["rollbacks"], tally["stale"] = book.rollbacks, book.stale

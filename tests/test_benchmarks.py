@@ -54,7 +54,7 @@ def cost_of(arrangement: str, change: dict[str, Any]) -> Any:
     for name, replacement in change.items():
         setattr(model, name, replacement)
     engine = module.Engine(model, module.InstantRetriever(), ["a question"])
-    return anyio.run(partial(module.measure, repeats=2, max_new_tokens=8), "asyncio", "instant", arrangement, engine)
+    return anyio.run(module.measure, "asyncio", "instant", arrangement, engine, 2, 8)
 
 
 def slowly(work: Any) -> Any:

@@ -5,16 +5,14 @@ runs on loops of its own. R8 to R12 are in `test_rules_of_ends.py`.
 """
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import anyio
 import pytest
 from clocks import interrupted, run
-from fakes import AlwaysMisses, FakeModel, VirtualWorker, Workers, fixed
-from scenes import PROMPT, TOKENS, Lingers, exact, opened, until
+from fakes import AlwaysMisses, FakeModel, FakeRetriever, VirtualWorker, Workers, fixed
+from scenes import PROMPT, TOKENS, Lingers, exact, opened, state, until
 from simulation import Eager
 
 from ralmspec.pipeline import (
@@ -26,7 +24,7 @@ from ralmspec.pipeline import (
     RetrieverFailed,
     Synchronous,
 )
-from ralmspec.stages.messages import Pass, Turn, Verdict
+from ralmspec.stages.messages import Pass, Place, Turn
 from ralmspec.stages.session import Session
 from ralmspec.stages.switch import Switch
 
@@ -141,39 +139,36 @@ def test_r2_only_sections_on_the_loop_change_a_session() -> None:
 # R3 Rollback is a write ------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Rollbacks:
-    """Looks at every rollback just after it happened."""
-
-    seen: int = 0
-
-    def watch(self, patch: pytest.MonkeyPatch) -> None:
-        original = Session._roll_back
-
-        def roll_back(session: Session, step: Any, truth: Any) -> None:
-            epoch = session.epoch
-            original(session, step, truth)
-            self.seen += 1
-            assert session.epoch == epoch + 1
-            assert session.steps[-1] is step and not session.checks, "later drafts and their checks are gone"
-            assert session.steps[-1].certain and session.steps[-1].retrieved.ids[0] == truth.ids[0]
-            assert len(session.context) == len(session.request.prompt) + step.start and not step.tokens
-
-        patch.setattr(Session, "_roll_back", roll_back)
-
-
 def test_r3_a_rollback_is_a_write_and_a_wake() -> None:
+    """After every section that rolls back: one epoch later, the true document stored, nothing speculated left."""
+    seen = 0
+    judge = Session.judge
+
+    def watched(session: Session, verdicts: Any, **named: float) -> None:
+        nonlocal seen
+        epoch = session.epoch
+        judge(session, verdicts, **named)
+        if session.final or session.epoch == epoch:
+            return
+        seen += 1
+        assert session.epoch == epoch + 1
+        (redone,) = session.steps
+        assert redone.certain and not redone.tokens and not session.checks
+        (true,) = [verdict.truth for verdict in verdicts if verdict.step == redone.index]
+        assert redone.retrieved is not None and redone.retrieved.ids[0] == true.ids[0]
+        assert session.context[len(session.request.prompt) :] == session.committed
+
     async def scenario(speculation: Arrangement) -> None:
-        pipeline = opened(retriever=AlwaysMisses(), speculation=speculation)
-        async with pipeline:
+        async with opened(retriever=AlwaysMisses(), speculation=speculation) as pipeline:
             answer = await exact(pipeline)
             assert answer.statistics.rollbacks == TOKENS // 2 - 1
 
     for speculation in (Synchronous(speculation_stride=3), Asynchronous(speculation_stride=2), Eager(window=3)):
+        seen = 0
         with pytest.MonkeyPatch.context() as patch:
-            (rollbacks := Rollbacks()).watch(patch)
+            patch.setattr(Session, "judge", watched)
             run(scenario, speculation)
-            assert rollbacks.seen == TOKENS // 2 - 1
+        assert seen == TOKENS // 2 - 1
 
 
 # R4 Stale is harmless --------------------------------------------------------------------------------------------
@@ -187,48 +182,39 @@ def test_r4_stale_tokens_and_look_ups_are_dropped() -> None:
         pipeline = opened(retriever=AlwaysMisses(), speculation=Asynchronous(speculation_stride=1), worker=workers)
         async with pipeline:
             answer = await exact(pipeline)
-            assert answer.statistics.wasted_tokens > answer.statistics.rollbacks > 0
+            assert answer.statistics.wasted_tokens >= answer.statistics.rollbacks > 0
 
     for index_s in (0.13, 0.18, 0.22):
         run(scenario, index_s)
 
 
 def test_r4_stale_verdicts_are_dropped() -> None:
-    """Three verifications of one session at once, the first of which is a rollback."""
+    """Batches of three, of which the first verdict is a rollback: the others judge nothing any more."""
 
     async def scenario() -> None:
-        retriever = AlwaysMisses()
-        retriever.concurrency = 3
-        workers = fixed(model=0.01, index=0.5)
-        async with opened(retriever=retriever, speculation=Eager(window=4), worker=workers) as pipeline:
-            await exact(pipeline)
-            assert max(retriever.searches) < 4, "there was a batch of all instead of several searches"
+        async with opened(retriever=AlwaysMisses(), speculation=Synchronous(speculation_stride=3)) as pipeline:
+            statistics = (await exact(pipeline)).statistics
+            assert statistics.checked == statistics.rollbacks == TOKENS // 2 - 1
+            assert statistics.kb_queries > statistics.checked + 3
 
-    stale: list[Verdict] = []
-    original = Session.judge
-
-    def judge(self: Session, verdicts: Sequence[Verdict], search_s: float) -> None:
-        stale.extend(verdict for verdict in verdicts if verdict.epoch < self.epoch)
-        original(self, verdicts, search_s)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "judge", judge)
-        run(scenario)
-    assert stale
+    run(scenario)
 
 
 def test_r4_ids_are_never_used_twice() -> None:
+    """Not even by two pipelines that share a model, and so its memory."""
+
     async def scenario() -> None:
         async with opened(limits=Limits(sessions=2)) as pipeline:
-            ids = []
-            for _ in range(6):
+            for _ in range(4):
                 async with pipeline.session(PROMPT) as session:
                     ids.append(session.id)
                     await anyio.sleep(0.3)
                 await until(lambda: not pipeline.live_sessions)
-            assert len(set(ids)) == 6
 
+    ids: list[int] = []
     run(scenario)
+    run(scenario)
+    assert len(set(ids)) == 8
 
 
 # R5 Credits follow messages --------------------------------------------------------------------------------------
@@ -241,7 +227,7 @@ class InFlight(VirtualWorker):
     most = 0
 
     async def call(self, work: Any, *arguments: Any) -> Any:
-        queries = len(arguments[0]) if self.name == "index" else 0
+        queries = sum(len(checks) for checks in arguments[0]) if self.name == "index" else 0
         InFlight.now += queries
         InFlight.most = max(InFlight.most, InFlight.now)
         try:
@@ -250,9 +236,10 @@ class InFlight(VirtualWorker):
             InFlight.now -= queries
 
 
-def test_r5_a_session_has_at_most_k_checks_in_flight_stale_ones_included() -> None:
+@pytest.mark.parametrize("misses", [False, True])
+def test_r5_a_session_has_at_most_k_checks_in_flight(misses: bool) -> None:
     async def scenario(window: int) -> None:
-        retriever = AlwaysMisses()
+        retriever = AlwaysMisses() if misses else FakeRetriever(documents=1)
         retriever.concurrency = 8
         delay = {"model": 0.01, "index": 0.5}
         async with opened(
@@ -266,27 +253,32 @@ def test_r5_a_session_has_at_most_k_checks_in_flight_stale_ones_included() -> No
     for window in (2, 3, 5):
         InFlight.now = InFlight.most = 0
         run(scenario, window)
-        assert InFlight.most == window and not InFlight.now
+        assert 1 <= InFlight.most <= window and not InFlight.now
+    assert InFlight.most >= 3
 
 
-def test_r5_credits_come_home_from_faults_and_cancelled_sessions() -> None:
+def test_r5_credits_come_home_from_faults_and_ended_sessions() -> None:
+    """Three sessions end while their checks are in flight; the fourth finds slot and credits."""
+
     async def scenario(breaks: bool) -> None:
-        sessions: list[Session] = []
-        async with opened(limits=Limits(sessions=1)) as pipeline:
+        workers, sessions = Workers(model=0.1, index=0.25), list[Session]()
+        async with opened(limits=Limits(sessions=1), worker=workers) as pipeline:
             for _ in range(3):
                 async with pipeline.session(PROMPT) as session:
-                    sessions.append(session._session)  # type: ignore[arg-type]
-                    await until(lambda: sessions[-1].credits_out)
+                    sessions.append(state(session))
+                    await until(lambda: sessions[-1].flying)
                     if breaks:
-                        worker = pipeline._runner._workers["index"]  # type: ignore[union-attr]
-                        worker.fault = fault  # type: ignore[attr-defined]
+                        workers["index"].fault = fault
                         with pytest.raises(RetrieverFailed, match="once"):
                             async for _ in session:
                                 pass
-                        worker.fault = lambda name: None  # type: ignore[attr-defined]
+                        workers["index"].fault = lambda name: None
+                    else:
+                        session.cancel()
+                assert breaks or sessions[-1].flying, "an ended session keeps its credits until they are home"
                 await until(lambda: not pipeline.live_sessions)
+                assert not sessions[-1].flying
             await exact(pipeline)
-        assert [session.credits_out for session in sessions] == [0, 0, 0]
 
     def fault(name: str) -> None:
         raise RetrieverFailed("once")
@@ -332,7 +324,7 @@ def test_r6_a_turn_in_a_queue_is_not_home() -> None:
             async with pipeline.session(PROMPT) as first:
                 await until(lambda: workers["index"].running)
                 async with pipeline.session("2 7") as second:
-                    await until(lambda: second._session.checking_out)  # type: ignore[union-attr]
+                    await until(lambda: Place.VERIFY in state(second).out)
                 assert pipeline.live_sessions == 2
                 await anyio.sleep(40)
                 assert pipeline.live_sessions == 2
@@ -364,18 +356,13 @@ def test_r7_queues_of_n_are_enough_for_n_sessions() -> None:
 def test_r7_a_full_queue_says_so() -> None:
     async def scenario() -> None:
         into, out = anyio.create_memory_object_stream[Turn](0)
-        async with opened() as pipeline, pipeline.session(PROMPT) as session:
-            switch = Switch(
-                lookup=into, generate=into, verify=into, prefetch=into, output=None, now=lambda: 0.0,
-                released=lambda session: None,
-            )  # fmt: skip
-            state = session._session
-            assert state is not None
-            state.turn_out = False
-            with pytest.raises(RuntimeError, match="full"):
-                switch.send_nowait(state)
-            state.turn_out = True
-        into.close()
-        out.close()
+        with into, out:
+            async with opened() as pipeline, pipeline.session(PROMPT) as stream:
+                switch = Switch(dict.fromkeys(Place, into), output=None, now=lambda: 0.0, released=lambda session: None)
+                session = state(stream)
+                session.out.clear()
+                with pytest.raises(RuntimeError, match="full"):
+                    switch.send_nowait(session)
+                session.out.add(Place.LOOKUP)
 
     run(scenario)
