@@ -53,7 +53,7 @@ class Pipeline(AsyncContextManagerMixin):
         self.speculation = speculation or Asynchronous()
         self._workload = (workload or InContext()).bind(model, retriever)
         self._output = tuple(output)
-        self._worker = worker or (lambda name, threads: ThreadWorker(name, threads, self.limits.call_s))
+        self._worker = worker or ThreadWorker
         self._runner: Runner | None = None
 
     @asynccontextmanager

@@ -180,19 +180,20 @@ class Runner:
         failure: Exception | None = None
         watch = anyio.CancelScope()
         async with anyio.create_task_group() as tasks:
-            patience = 0.0
             try:
                 for stage in self._stages:
                     tasks.start_soon(self._live, *stage)
                 tasks.start_soon(self._watch, watch)
                 self._opened = self._accepting = True
                 yield
-                patience = self.limits.drain_s
+                self._accepting = False
+                with anyio.move_on_after(self.limits.drain_s):
+                    await self._emptied()
             except Exception as error:  # the caller's own; the task group would hide it in an exception group
                 failure = error
             finally:
                 with anyio.CancelScope(shield=True):
-                    await self._drain(patience)
+                    await self._drain()
                 watch.cancel()
                 for source in self._sources:
                     source.close()
@@ -219,11 +220,9 @@ class Runner:
             if self._running == 0:
                 self._bury()
 
-    async def _drain(self, patience_s: float) -> None:
-        """Admission off, let sessions end, finish the rest, wait for thread calls, and see that all is home."""
+    async def _drain(self) -> None:
+        """Admission off, finish what is left, wait for thread calls, and see that all is home."""
         self._accepting = False
-        with anyio.move_on_after(patience_s):
-            await self._emptied()
         for session in list(self.switch.live.values()):
             self.end(session, Status.FAILED, NotServing("the pipeline was closed before the session ended"))
         with anyio.move_on_after(self.limits.call_s):
@@ -258,23 +257,27 @@ class Runner:
         self._change()
 
     async def _watch(self, scope: anyio.CancelScope) -> None:
-        """Deadlines, and the watchdog (R12). Sleeps until the next instant at which something could be late."""
+        """Deadlines, hung calls, and the watchdog (R12). Sleeps until the next instant at which something is late."""
         with scope:
             while True:
                 now = anyio.current_time()
-                for session in [s for s in self.switch.live.values() if not s.final]:
+                for worker in self._workers.values():
+                    if worker.oldest_call() + self.limits.call_s <= now:
+                        worker.abandon()  # its stage dies of it, and the engine with the stage
+                live = [session for session in self.switch.live.values() if not session.final]
+                for session in live:
                     if session.request.deadline <= now:
                         late = DeadlineExceeded("the session did not end before its deadline")
                         self.end(session, Status.FAILED, late)
                     elif self._stalls_at(session) <= now:
                         stalled = Stalled(f"nothing happened for {self.limits.stall_s:g} s: {session}")
                         self.end(session, Status.FAILED, stalled)
-                instants = [
-                    max(now + 1e-3, min(s.request.deadline, self._stalls_at(s)))
-                    for s in self.switch.live.values()
-                    if not s.final
-                ]
-                with anyio.CancelScope(deadline=min(instants, default=float("inf"))):
+                instants = [min(s.request.deadline, self._stalls_at(s)) for s in live if not s.final]
+                if live:  # calls belong to sessions; one that begins later cannot be late earlier
+                    oldest = min(worker.oldest_call() for worker in self._workers.values())
+                    instants.append(min(oldest, now) + self.limits.call_s)
+                wake = max(min(instants, default=float("inf")), now + 1e-3)
+                with anyio.CancelScope(deadline=wake):
                     await self._changed.wait()
 
     def _stalls_at(self, session: Session) -> float:
@@ -287,7 +290,7 @@ class Runner:
             return anyio.current_time() + self.limits.stall_s
         if session.home:
             return session.progress + self.limits.stall_s
-        if any(worker.running for worker in self._workers.values()):
+        if any(worker.oldest_call() < float("inf") for worker in self._workers.values()):
             return anyio.current_time() + self.limits.stall_s
         return max(session.progress, self.switch.progress) + self.limits.stall_s
 
@@ -310,6 +313,15 @@ class PickUp:
         event = self._inbox.receive_nowait()
         self._switch.picked_up(event)
         return event
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        try:
+            return await self.receive()
+        except anyio.EndOfStream:
+            raise StopAsyncIteration from None
 
     def __enter__(self) -> Self:
         return self

@@ -20,15 +20,12 @@ class ThreadWorker:
 
     Native libraries keep thread pools and contexts per calling thread, so each device gets threads that stay the same.
     The threads are daemons: a native call that hangs for ever cannot keep the process alive. No thread can be stopped,
-    so cancelling waits for the call; one that takes longer than `limit_s`, or is given up by `abandon`, raises
-    `WorkerLost` where it was called.
+    so cancelling waits for the call; one that is given up by `abandon` raises `WorkerLost` where it was called.
     """
 
-    def __init__(self, name: str, threads: int = 1, limit_s: float = 300.0) -> None:
+    def __init__(self, name: str, threads: int = 1) -> None:
         self.name = name
-        self.running = 0
-        self._limit_s = limit_s
-        self._waiting: set[anyio.Event] = set()
+        self._calls: dict[anyio.Event, float] = {}  # in order of their beginning
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._number = threads
         self._threads: list[threading.Thread] = []
@@ -48,28 +45,34 @@ class ThreadWorker:
             except BaseException as error:  # it belongs to whoever called
                 outcome.append((None, error))
             with suppress(RuntimeError):  # the loop has closed: nobody waits any more
-                post(arrived)
+                post(done.set)
 
-        def arrived() -> None:
-            self.running -= 1
-            done.set()
-
-        self.running += 1
-        self._waiting.add(done)
+        self._calls[done] = anyio.current_time()
         self._inbox.put(run)
-        with anyio.move_on_after(self._limit_s, shield=True):
-            await done.wait()
-        self._waiting.discard(done)
+        try:
+            with anyio.CancelScope(shield=True):
+                await done.wait()
+        finally:
+            del self._calls[done]
         if not outcome:
-            raise WorkerLost(f"a call in the {self.name} thread did not end in time (limit {self._limit_s:g} s)")
+            raise WorkerLost(f"a call in the {self.name} thread did not end in time")
         result, error = outcome.pop()
         if error is not None:
             raise error
         return result  # type: ignore[no-any-return]
 
+    @property
+    def running(self) -> int:
+        """Calls that somebody waits for."""
+        return len(self._calls)
+
+    def oldest_call(self) -> float:
+        """When the longest of the running calls began; infinity if none runs."""
+        return next(iter(self._calls.values()), float("inf"))
+
     def abandon(self) -> None:
         """Stop waiting for the calls that are running."""
-        for done in self._waiting:
+        for done in self._calls:
             done.set()
 
     def close(self, timeout_s: float) -> bool:

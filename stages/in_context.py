@@ -56,6 +56,7 @@ class BoundInContext:
         self._retriever = retriever
         # Both threads, the loop and the model's worker, ask for the same few documents again and again.
         self._document = lru_cache(maxsize=4096)(self._read_document)
+        self._title = lru_cache(maxsize=4096)(lambda id: retriever.document(id).title)
 
     def prompt(self, text: str) -> tuple[list[int], int]:
         """Tokens of the prompt, cut on the left to `max_prompt_tokens`, and how many were cut."""
@@ -98,7 +99,7 @@ class BoundInContext:
     def source(self, retrieved: Ranking) -> Source:
         """The document with its title and score."""
         id = int(retrieved.ids[0])
-        return Source(id, self._retriever.document(id).title, float(retrieved.scores[0]))
+        return Source(id, self._title(id), float(retrieved.scores[0]))
 
     def tokens_cut(self, retrieved: Ranking) -> int:
         """Tokens by which the document was longer than `max_document_tokens`."""

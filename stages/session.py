@@ -207,7 +207,7 @@ class Session:
         if step.complete:
             self._decoded_s.append(step.busy_s)
         if self.request.drafts and not step.certain:
-            text = self._text.peek(self.context[len(self.request.prompt) :])
+            text = self._text.newest(self.context[len(self.request.prompt) :])
             document = self.workload.source(made.retrieved)
             self._emit(Drafted(session=self.id, text=text, token=token, step=step.index, document=document))
         self._commit()

@@ -8,7 +8,7 @@ is the `Switch`, which sends each session on to where it is due. What they share
 path of committed output receives and sends `Event`s.
 """
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol, TypeVar, TypeVarTuple
 
 import anyio
@@ -31,6 +31,10 @@ class Inbox(Protocol[Item_co]):
 
     def receive_nowait(self) -> Item_co:
         """The next item, or `anyio.WouldBlock`."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[Item_co]:
+        """Items until the other end has closed."""
         ...
 
 
@@ -62,16 +66,15 @@ class Stage(Protocol[In, Out]):
 class Worker(Protocol):
     """Where blocking work happens: a real thread, or in tests a virtual delay. Stages know threads only as this."""
 
-    @property
-    def running(self) -> int:
-        """Calls that have been made and have not ended."""
-        ...
-
     async def call(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Run `work(*arguments)` elsewhere; its result or exception comes back.
 
-        A call that has started runs to its end: cancelling waits for it. Raises `WorkerLost` if it hangs.
+        A call that has started runs to its end: cancelling waits for it. Raises `WorkerLost` if it is abandoned.
         """
+        ...
+
+    def oldest_call(self) -> float:
+        """When the longest of the running calls began, by the event loop's clock; infinity if none runs."""
         ...
 
     def abandon(self) -> None:
@@ -84,14 +87,21 @@ class Worker(Protocol):
 
 
 async def take(inbox: Inbox[Item], limit: int) -> list[Item]:
-    """Wait for one item, then take what else is already there, at most `limit` in all; empty when the inbox ended."""
+    """Wait for one item, then take what else is already there, at most `limit` in all; empty when the inbox ended.
+
+    What is already there is taken without giving up the loop; whoever serves it does that soon enough.
+    """
+    items: list[Item] = []
     try:
-        items = [await inbox.receive()]
-    except anyio.EndOfStream:
-        return []
-    while len(items) < limit:
-        try:
+        while len(items) < limit:
             items.append(inbox.receive_nowait())
-        except (anyio.WouldBlock, anyio.EndOfStream):
-            break
+    except anyio.WouldBlock:
+        pass
+    except anyio.EndOfStream:
+        return items
+    if not items:
+        try:
+            items.append(await inbox.receive())
+        except anyio.EndOfStream:
+            return []
     return items

@@ -6,24 +6,28 @@ from collections.abc import Callable, Sequence
 class TextStream:
     """What each further stretch of tokens adds to the text so far.
 
-    Tokens are always rendered from the first one: a token's text may depend on those before it (a leading space, a
-    character spread over several tokens). An answer is short, so rendering it anew at every step costs little.
+    A token's text may depend on those before it (a leading space, a character spread over several tokens), so every
+    piece is rendered together with the piece before it, and what that one gave alone is taken off.
     """
 
     def __init__(self, render: Callable[[Sequence[int]], str]) -> None:
         self._render = render
-        self._text = ""
+        self._before = 0  # where the piece before begins
+        self._done = 0  # tokens whose text has been given
 
     def advance(self, tokens: Sequence[int], *, last: bool) -> str:
-        """The new part of the text of `tokens`; a character whose bytes are not all there waits, except at the end."""
-        text = self._whole(tokens, last=last)
-        new, self._text = text[len(self._text) :], text
-        return new
+        """The text that `tokens`, all so far, add; a character whose bytes are not all there waits, but at the end."""
+        text = self._beyond(tokens)
+        if text.endswith("\ufffd") and not last:
+            return ""
+        self._before, self._done = self._done, len(tokens)
+        return text
 
-    def peek(self, tokens: Sequence[int]) -> str:
+    def newest(self, tokens: Sequence[int]) -> str:
         """What the last of `tokens` adds to those before it, without advancing."""
-        return self._whole(tokens, last=False)[len(self._whole(tokens[:-1], last=False)) :]
+        before, after = (self._beyond(part).rstrip("\ufffd") for part in (tokens[:-1], tokens))
+        return after[len(before) :]
 
-    def _whole(self, tokens: Sequence[int], *, last: bool) -> str:
-        text = self._render(tokens)
-        return text if last else text.rstrip("\ufffd")
+    def _beyond(self, tokens: Sequence[int]) -> str:
+        given = self._render(tokens[self._before : self._done])
+        return self._render(tokens[self._before :])[len(given) :]

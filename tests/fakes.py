@@ -159,11 +159,13 @@ class VirtualWorker:
         self.fault = fault
         self.running = 0
         self.log: list[tuple[float, float]] = []
+        self._begun: list[float] = []
         self._abandoned = anyio.Event()
 
     async def call(self, work: Callable[..., Any], *arguments: Any) -> Any:
         start = anyio.current_time()
         self.running += 1
+        self._begun.append(start)
         try:
             with anyio.CancelScope(shield=True):
                 if math.isinf(seconds := self.delay(self.name)):
@@ -174,7 +176,11 @@ class VirtualWorker:
             return work(*arguments)
         finally:
             self.running -= 1
+            self._begun.remove(start)
             self.log.append((start, anyio.current_time()))
+
+    def oldest_call(self) -> float:
+        return min(self._begun, default=math.inf)
 
     def abandon(self) -> None:
         self._abandoned.set()

@@ -343,17 +343,21 @@ class Deathbed:
         self.empty_handed = empty_handed
 
     async def receive(self) -> Any:
-        self.moment -= 1
-        if self.moment <= 0 and self.empty_handed:
-            raise Bad("before a turn")
+        self._before()
         return self._after(await self.inbox.receive())
 
     def receive_nowait(self) -> Any:
+        self._before()
         return self._after(self.inbox.receive_nowait())
+
+    def _before(self) -> None:
+        self.moment -= 1
+        if self.moment <= 0 and self.empty_handed:
+            raise Bad("deadly, before a turn")
 
     def _after(self, turn: Any) -> Any:
         if self.moment <= 0:
-            raise Bad("with a turn")
+            raise Bad("deadly, with a turn")
         return turn
 
 

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 """A model that is missing, damaged, unsafe or unable to roll back is refused by name; a sound one loads in silence."""
 
 import json

@@ -41,7 +41,7 @@ class Gated(FakeModel):
 
 def serving(model: Any = None, limits: Limits | None = None) -> Pipeline:
     """With real threads."""
-    return opened(model=model, limits=limits, worker=lambda name, threads: ThreadWorker(name, threads, 10))
+    return opened(model=model, limits=limits, worker=ThreadWorker)
 
 
 async def until(condition: Callable[[], object]) -> None:

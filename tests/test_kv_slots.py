@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 """KV slots: what a pass forwards, which slot a new document takes, and what forgetting frees."""
 
 import numpy as np

@@ -24,6 +24,7 @@ from ralmspec.pipeline import (
     RetrieverFailed,
     Synchronous,
 )
+from ralmspec.stages.errors import InvariantBroken
 from ralmspec.stages.messages import Pass, Place, Turn
 from ralmspec.stages.session import Session
 from ralmspec.stages.switch import Switch
@@ -254,7 +255,7 @@ def test_r5_a_session_has_at_most_k_checks_in_flight(misses: bool) -> None:
         InFlight.now = InFlight.most = 0
         run(scenario, window)
         assert 1 <= InFlight.most <= window and not InFlight.now
-    assert InFlight.most >= 3
+    assert misses or InFlight.most >= 3
 
 
 def test_r5_credits_come_home_from_faults_and_ended_sessions() -> None:
@@ -361,7 +362,7 @@ def test_r7_a_full_queue_says_so() -> None:
                 switch = Switch(dict.fromkeys(Place, into), output=None, now=lambda: 0.0, released=lambda session: None)
                 session = state(stream)
                 session.out.clear()
-                with pytest.raises(RuntimeError, match="full"):
+                with pytest.raises(InvariantBroken, match="full"):
                     switch.send_nowait(session)
                 session.out.add(Place.LOOKUP)
 

@@ -1,6 +1,7 @@
 """The rules of the cycle, R8 to R12: readers, ends, faults, draining and the watchdog. See `test_rules.py`."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import anyio
@@ -9,7 +10,8 @@ import pytest
 from clocks import VirtualLoop, run
 from fakes import VOCABULARY, FakeModel, FakeRetriever, Workers, fixed
 from oracle import sequential
-from scenes import PROMPT, TOKENS, Lingers, exact, expected, opened, until
+from scenes import PROMPT, TOKENS, Lingers, exact, expected, opened, state, until, waiting
+from simulation import STAGES, Bad, deadly
 
 from ralmspec.pipeline import (
     Asynchronous,
@@ -29,9 +31,9 @@ from ralmspec.pipeline import (
     Stalled,
     Synchronous,
 )
-from ralmspec.stages import generate, lookup, prefetch, verify
+from ralmspec.stages.arrangement import Outlook
 from ralmspec.stages.model import Frontier
-from ralmspec.stages.session import Status
+from ralmspec.stages.request import Status
 
 # R8 The client never holds a stage -------------------------------------------------------------------------------
 
@@ -42,19 +44,18 @@ def test_r8_a_reader_that_stays_away_pauses_its_own_session_only() -> None:
         speculation = Asynchronous(speculation_stride=2)
         async with opened(model=model, limits=Limits(unread_events=limit), speculation=speculation) as pipeline:
             async with pipeline.session(PROMPT, max_new_tokens=40) as session:
-                assert session._sink is not None
                 if away:
                     await anyio.sleep(100)
                     passes = model.passes
                     await anyio.sleep(100)
                     assert model.passes == passes, "work goes on although nobody reads"
-                    assert limit <= len(session._sink.events) <= limit + speculation.window
+                    assert limit <= waiting(session) <= limit + speculation.window
                 began = anyio.current_time()
                 await exact(pipeline, "2 7 1 8")
                 beside = anyio.current_time() - began
                 tokens = []
                 async for event in session:  # and who comes back gets everything
-                    assert len(session._sink.events) <= limit + speculation.window
+                    assert waiting(session) <= limit + speculation.window
                     tokens += event.tokens if isinstance(event, Committed) else ()
                 assert tokens == expected(pipeline, PROMPT, 40)
             return beside
@@ -82,8 +83,7 @@ def test_r9_the_first_end_wins_and_is_told_once() -> None:
             session.cancel()
             await anyio.sleep(2)  # the deadline passes
             session.cancel()
-            assert session._session is not None
-            session._session.finish(Status.FAILED, RetrieverFailed("late"))
+            state(session).finish(Status.FAILED, RetrieverFailed("late"))
             with pytest.raises(Cancelled):
                 async for event in session:
                     assert not isinstance(event, Done)
@@ -105,7 +105,6 @@ async def ended(end: str) -> None:
 
     async def read() -> None:
         async for event in session:
-            assert session._session is not None
             if isinstance(event, Committed):
                 tokens.extend(event.tokens)
         assert isinstance(event, Done)
@@ -145,7 +144,7 @@ def test_r9_leaving_the_block_is_an_end() -> None:
         async with opened() as pipeline:
             async with pipeline.session(PROMPT, max_new_tokens=400) as session:
                 await anext(session)
-            assert session._session is not None and session._session.final
+            assert state(session).final
             await until(lambda: not pipeline.live_sessions)
             assert anyio.current_time() < 3, "it went on to its end"
 
@@ -226,7 +225,7 @@ async def one_unlucky(where: str) -> None:
             await anyio.sleep(0.01)
         with pytest.raises((ValueError, ModelFailed, RetrieverFailed), match=where.split()[0]):
             await pipeline.complete(UNLUCKY, max_new_tokens=TOKENS)
-    assert model.together and max(retriever.searches) >= 3, "they were in no batch together"
+    assert model.together, "they were in no batch together"
 
 
 @pytest.mark.parametrize("stage", ["encoder", "model", "index", "prefetch"])
@@ -263,15 +262,17 @@ async def one_bad_call(stage: str) -> None:
         assert pipeline.ready
 
 
-@pytest.mark.parametrize(
-    "stage", [lookup, generate, verify, prefetch, None], ids=lambda s: s.__name__[16:] if s else "output"
-)
-def test_r10_a_dead_stage_fails_all(stage: Any) -> None:
-    run(one_death, stage)
+@pytest.mark.parametrize("dying", ["Lookup", "Generate", "Verify", "Prefetch", "output"])
+@pytest.mark.parametrize("empty_handed", [False, True], ids=["with turns", "without"])
+def test_r10_a_dead_stage_fails_all(dying: str, empty_handed: bool) -> None:
+    """Every reader is told, nobody is let in, leaving says why; whether turns died with the stage or not."""
+    stage = next((stage for stage in STAGES if stage.__name__ == dying), None)
+    with deadly(stage, 4, empty_handed) if stage else nullcontext():
+        run(one_death, [] if stage else [Mortal()])
 
 
-async def one_death(stage: Any) -> None:
-    """The stage dies with turns in its hands. Every reader is told, nobody is let in, leaving says why."""
+async def one_death(output: list[Any]) -> None:
+    told = 0
 
     async def fail(prompt: str) -> None:
         nonlocal told
@@ -279,28 +280,17 @@ async def one_death(stage: Any) -> None:
             await pipeline.complete(prompt, max_new_tokens=400)
         told += 1
 
-    async def die(inbox: Any, limit: int) -> Any:
-        turns = await take(inbox, limit)
-        if anyio.current_time() > 1:
-            raise ValueError("deadly")
-        return turns
-
-    told = 0
-    with pytest.MonkeyPatch.context() as patch:
-        if stage is not None:
-            take = stage.take
-            patch.setattr(stage, "take", die)
-        pipeline = opened(output=[Mortal()] if stage is None else [])
-        with pytest.raises(EngineDead, match="deadly") as death:
-            async with pipeline:
-                async with anyio.create_task_group() as callers:
-                    for prompt in ("3 1 4", "2 7 1 8", "5 3 5"):
-                        callers.start_soon(fail, prompt)
-                assert told == 3 and not pipeline.ready
-                assert anyio.current_time() < 3
-                with pytest.raises(EngineDead):
-                    await pipeline.complete(PROMPT)
-        assert isinstance(death.value.__cause__, ValueError)
+    pipeline = opened(output=output)
+    with pytest.raises(EngineDead, match="deadly") as death:
+        async with pipeline:
+            async with anyio.create_task_group() as callers:
+                for prompt in ("3 1 4", "2 7 1 8", "5 3 5"):
+                    callers.start_soon(fail, prompt)
+            assert told == 3 and not pipeline.ready
+            assert anyio.current_time() < 5
+            with pytest.raises(EngineDead):
+                await pipeline.complete(PROMPT)
+    assert isinstance(death.value.__cause__, Bad)
     assert not pipeline.live_sessions
 
 
@@ -310,7 +300,32 @@ class Mortal(Lingers):
     async def run(self, inbox: Any, outbox: Any) -> None:
         with anyio.move_on_after(1):
             await super().run(inbox, outbox)
-        raise ValueError("deadly")
+        raise Bad("deadly")
+
+
+class Rude(RetrieverFailed):
+    """An error that cannot be made again from its arguments; a user's retriever may raise such a one."""
+
+    def __init__(self, what: str, *, code: int) -> None:
+        super().__init__(f"{what} ({code})")
+
+
+def test_r10_whatever_a_call_raises_is_no_death() -> None:
+    async def scenario() -> None:
+        workers = Workers(model=0.1, index=0.1)
+        async with opened(worker=workers) as pipeline:
+            for error in (Rude("rude", code=3), KeyError("rude"), ExceptionGroup("rude", [ValueError()])):
+
+                def fault(name: str, error: Exception = error) -> None:
+                    raise error
+
+                workers["index"].fault = fault
+                with pytest.raises(type(error), match="rude"):
+                    await pipeline.complete(PROMPT)
+                workers["index"].fault = lambda name: None
+                await exact(pipeline)
+
+    run(scenario)
 
 
 # R11 Drain order -------------------------------------------------------------------------------------------------
@@ -359,7 +374,7 @@ def test_r11_then_the_rest_is_ended_and_thread_calls_are_waited_for() -> None:
                 await anyio.sleep(0.1)
             assert told.is_set()
             assert workers["model"].log[-1][1] == anyio.current_time() > 50
-            assert not pipeline.live_sessions and model.forgotten == [1]
+            assert not pipeline.live_sessions and len(model.forgotten) == 1
 
     run(scenario)
 
@@ -369,22 +384,38 @@ def test_r11_then_the_rest_is_ended_and_thread_calls_are_waited_for() -> None:
 FOR_EVER = float("inf")
 
 
+class Forgetful(Sequential):
+    """An arrangement that never sends a check out: its sessions could act, and are never told to."""
+
+    def checks_due(self, outlook: Outlook) -> bool:
+        return False
+
+
 def test_r12_a_session_without_progress_is_failed_in_time() -> None:
     async def scenario() -> None:
-        workers = Workers(model=0.1)
-        with pytest.raises(EngineDead):
-            async with opened(worker=workers, limits=Limits(stall_s=7, call_s=100, drain_s=1)) as pipeline:
-                async with pipeline.session(PROMPT) as session:
-                    await anyio.sleep(1.05)
-                    workers.seconds["model"] = FOR_EVER
-                    with pytest.raises(Stalled, match="session 1") as stall:
-                        async for _ in session:
-                            pass
-                    assert anyio.current_time() == pytest.approx(1.1 + 7)
-                    assert "turn_out" in str(stall.value), "it says what was out"
-                with pytest.raises(Stalled):  # the engine as a whole is hung; still everybody is told
-                    await pipeline.complete("2 7")
-        assert not pipeline.live_sessions
+        async with opened(speculation=Forgetful(), limits=Limits(stall_s=7)) as pipeline:
+            for begun in (0, 7, 14):
+                with pytest.raises(Stalled, match=r"7 s: <session .* 1 checks queued"):
+                    await pipeline.complete(PROMPT)
+                assert anyio.current_time() == pytest.approx(begun + 7, abs=0.1)
+            assert not pipeline.live_sessions
+
+    run(scenario)
+
+
+def test_r12_other_sessions_do_not_hide_a_stalled_one() -> None:
+    """One session is not told to act any more; others keep the stages busy meanwhile."""
+
+    async def scenario() -> None:
+        async with opened(limits=Limits(stall_s=7)) as pipeline, anyio.create_task_group() as callers:
+            async with pipeline.session(PROMPT, max_new_tokens=400) as session:
+                callers.start_soon(exact, pipeline, "2 7", 400)
+                state(session).arrangement = Forgetful()
+                with pytest.raises(Stalled):
+                    async for _ in session:
+                        pass
+                assert 7 <= anyio.current_time() < 8
+                assert pipeline.live_sessions == 1
 
     run(scenario)
 
@@ -407,20 +438,24 @@ def test_r12_the_time_a_reader_stays_away_does_not_count() -> None:
         run(scenario, halves / 2)
 
 
+def test_r12_a_long_call_is_no_stall() -> None:
+    async def scenario() -> None:
+        async with opened(worker=fixed(model=0.1, index=20.0), limits=Limits(stall_s=7, call_s=21)) as pipeline:
+            await exact(pipeline)
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("stall_s", [0.1, 0.3, 0.7, 1.1, 5.3])
 def test_r12_the_watchdog_itself_never_spins(stall_s: float) -> None:
-    """Fast: a watchdog that wakes up too early, and finds nothing to do, would not let the clock go on."""
+    """A watchdog that wakes up too early, and finds nothing to do, would not let the clock go on."""
 
     async def scenario() -> None:
-        workers = Workers(model=0.1, index=0.1, encoder=0.1)
-        with pytest.raises(EngineDead):
-            async with opened(worker=workers, limits=Limits(stall_s=stall_s, call_s=10, drain_s=0)) as pipeline:
-                for begun in range(20):
-                    with pytest.raises(Stalled):
-                        async with pipeline.session(f"{begun} 1") as session:
-                            workers.seconds["model"] = FOR_EVER
-                            async for _ in session:
-                                pass
+        workers = fixed(model=0.1, index=0.1, encoder=0.1)
+        async with opened(worker=workers, speculation=Forgetful(), limits=Limits(stall_s=stall_s)) as pipeline:
+            for begun in range(20):
+                with pytest.raises(Stalled):
+                    await pipeline.complete(f"{begun} 1")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VirtualLoop, "turns", 20_000)
@@ -434,9 +469,9 @@ def test_r12_deadlines_come_in_time() -> None:
                 began = anyio.current_time()
                 with pytest.raises(DeadlineExceeded):
                     await pipeline.complete(PROMPT, max_new_tokens=400, deadline_s=deadline_s)
-                assert anyio.current_time() == pytest.approx(began + deadline_s)
+                assert anyio.current_time() == pytest.approx(began + deadline_s, abs=0.0011)
             with pytest.raises(DeadlineExceeded):  # of a reader that stays away, too
-                async with pipeline.session(PROMPT, deadline_s=5) as session:
+                async with pipeline.session(PROMPT, max_new_tokens=400, deadline_s=5) as session:
                     await anyio.sleep(30)
                     async for _ in session:
                         pass
@@ -446,17 +481,43 @@ def test_r12_deadlines_come_in_time() -> None:
 
 
 @pytest.mark.parametrize("hung", ["encoder", "model", "index", "prefetch"])
-def test_r12_draining_waits_for_a_hung_call_until_the_deadline_only(hung: str) -> None:
-    run(hangs, hung)
+@pytest.mark.parametrize("wanted", [True, False], ids=["waited for", "cancelled"])
+def test_r12_a_hung_call_is_the_death_of_the_engine(hung: str, wanted: bool) -> None:
+    """In time, and also where the session whose call it is has ended meanwhile."""
+    run(hangs_for_ever, hung, wanted)
 
 
-async def hangs(hung: str) -> None:
+async def hangs_for_ever(hung: str, wanted: bool) -> None:
     workers = Workers(model=0.1, index=0.25, encoder=0.02, prefetch=0.01)
-    with pytest.raises(EngineDead, match="did not end"):
+    with pytest.raises(EngineDead, match=hung):
+        async with opened(worker=workers, limits=Limits(call_s=50, stall_s=7)) as pipeline:
+            async with pipeline.session(PROMPT, max_new_tokens=3000) as session:
+                workers.seconds[hung] = FOR_EVER
+                await until(lambda: workers[hung].running)
+                began = anyio.current_time()
+                if wanted:
+                    with pytest.raises(EngineDead):
+                        async for _ in session:
+                            pass
+            await until(lambda: not pipeline.ready)
+            assert anyio.current_time() == pytest.approx(began + 50, abs=0.1)
+    assert not pipeline.live_sessions
+
+
+@pytest.mark.parametrize("hung", ["encoder", "model", "index", "prefetch"])
+def test_r12_draining_waits_for_a_hung_call_until_the_deadline_only(hung: str) -> None:
+    run(hangs_while_draining, hung)
+
+
+async def hangs_while_draining(hung: str) -> None:
+    workers = Workers(model=0.1, index=0.25, encoder=0.02, prefetch=0.01)
+    with pytest.raises(EngineDead):
         async with opened(worker=workers, limits=Limits(drain_s=3, call_s=20)) as pipeline:
             async with pipeline.session(PROMPT):
                 workers.seconds[hung] = FOR_EVER
-                await until(lambda: workers[hung].running and anyio.current_time() > 1)
+                await until(lambda: workers[hung].running)
+                began = anyio.current_time()
+                await anyio.sleep(0.5)
             left = anyio.current_time()
-    assert anyio.current_time() == pytest.approx(left + 3 + 20)
+    assert began + 19.9 <= anyio.current_time() <= left + 3 + 20
     assert not pipeline.live_sessions

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 """Tokens are drawn as promised: right distribution, keyed by seed and position, with ties and gaps that can be told."""
 
 import math

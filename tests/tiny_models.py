@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 """Tiny GPT-2, OPT and LLaMA models with random weights and real byte-level tokenizers, made in a folder of one's own.
 
 Weights are drawn wide, so that greedy output wanders instead of repeating one token.
