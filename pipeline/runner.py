@@ -273,7 +273,7 @@ class Runner:
                         stalled = Stalled(f"nothing happened for {self.limits.stall_s:g} s: {session}")
                         self.end(session, Status.FAILED, stalled)
                 instants = [min(s.request.deadline, self._stalls_at(s)) for s in live if not s.final]
-                if live:  # calls belong to sessions; one that begins later cannot be late earlier
+                if self.switch.live:  # calls belong to sessions; one that begins later cannot be late earlier
                     oldest = min(worker.oldest_call() for worker in self._workers.values())
                     instants.append(min(oldest, now) + self.limits.call_s)
                 wake = max(min(instants, default=float("inf")), now + 1e-3)

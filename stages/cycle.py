@@ -7,8 +7,6 @@ worker, and what the session is given of the result. Everything that can go wron
 from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
-from ralmspec.retrievers.errors import RalmspecError
-
 from .errors import InvariantBroken, WorkerLost
 from .messages import Turn
 from .request import Status
@@ -98,8 +96,9 @@ class _fault_of:  # reads as a clause: with _fault_of(session)
 
 def _own(error: Exception) -> Exception:
     """A copy to raise in one caller's task: a shared instance would collect every caller's traceback."""
-    if not isinstance(error, RalmspecError):
+    try:
+        copy = type(error)(*error.args)
+    except Exception:  # a constructor of another shape
         return error
-    copy = type(error)(*error.args)
     copy.__cause__ = error
     return copy

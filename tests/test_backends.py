@@ -53,14 +53,10 @@ class Batched(FakeModel):
         return super().forward(prefixes)
 
 
-def threads(name: str, number: int) -> ThreadWorker:
-    return ThreadWorker(name, number)
-
-
 @pytest.mark.parametrize("speculation", ARRANGEMENTS, ids=repr)
 async def test_outputs_are_the_oracles(speculation: Arrangement) -> None:
     model = Batched()
-    pipeline = opened(model=model, speculation=speculation, worker=threads)
+    pipeline = opened(model=model, speculation=speculation, worker=ThreadWorker)
     answers: dict[str, Answer] = {}
 
     async def ask(prompt: str) -> None:
@@ -81,14 +77,14 @@ async def test_outputs_are_the_oracles(speculation: Arrangement) -> None:
 async def test_searches_at_once_in_several_threads() -> None:
     retriever = FakeRetriever(documents=40, seed=1, spread=4)
     retriever.concurrency = 3
-    async with opened(retriever=retriever, worker=threads) as pipeline, anyio.create_task_group() as callers:
+    async with opened(retriever=retriever, worker=ThreadWorker) as pipeline, anyio.create_task_group() as callers:
         for n in range(12):
             callers.start_soon(exact, pipeline, f"{n} {n + 1} 4")
 
 
 async def test_ends_of_every_kind_leave_it_usable() -> None:
     model = Batched()
-    async with opened(model=model, worker=threads, limits=Limits(unread_events=2)) as pipeline:
+    async with opened(model=model, worker=ThreadWorker, limits=Limits(unread_events=2)) as pipeline:
         async with pipeline.session("3 1 4", max_new_tokens=2000) as session:
             await anext(session)
         with anyio.move_on_after(0.01):

@@ -1,0 +1,130 @@
+"""The paper's arrangements in the two settings that must not be mixed, every row measured by the wall clock.
+
+    python benchmarks/two_settings.py               one question of the demo, a minute or two
+    python benchmarks/two_settings.py --data DIR --questions 5 --max-new-tokens 128 --pad-to 2000000 --out DIR
+
+(i)  The index has resources of its own: a *simulated* latency, set so that b/a is about 1, 2 and 6. Here every
+     arrangement with A stands beside the same settings without it.
+(ii) The index shares the cores with the model: the passages as they are and, with --pad-to, padded by distractors.
+
+Writes a JSON file a setting (the contract of `ralmspec compare --json`) and one Markdown file with all tables.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio
+import typer
+from rich.console import Console
+
+from ralmspec.pipeline import InContext, Sampling, published
+from ralmspec.pipeline.compare import BASELINE, Runs, rows, run, step_and_search
+from ralmspec.pipeline.engine import Engine, EngineOptions, choose_questions, open_engine
+from ralmspec.pipeline.overlap import overlap_efficiency
+from ralmspec.pipeline.reports import Comparison, environment
+from ralmspec.pipeline.tables import comparison_table
+from ralmspec.retrievers.latency import SetLatency
+
+DEMO = Path(__file__).parent.parent / "examples" / "demo"
+RATIOS = (1.0, 2.0, 6.0)
+
+
+def measure(engine: Engine, questions: int, sets: str, tokens: int, overlap: dict[str, float]) -> Comparison:
+    """One table."""
+    runs = Runs(published())
+    chosen = [question for _, question in choose_questions(engine.corpus, sets.split(","), questions)]
+    anyio.run(
+        lambda: run(engine, chosen, runs, workload=InContext(), max_new_tokens=tokens, sampling=Sampling()),
+        backend_options={"use_uvloop": True},
+    )
+    a, b = step_and_search([answer.statistics for answer in runs.answers[BASELINE]])
+    facts: dict[str, Any] = engine.options.facts() | {
+        "questions": len(chosen),
+        "sets": sets,
+        "max_new_tokens": tokens,
+        "retriever": engine.description,
+        "simulated_latency_s": engine.options.retriever_latency or None,
+        "a_s": float(a.mean()),
+        "b_s": float(b.mean()),
+        "b_over_a": float(b.mean() / a.mean()),
+        "overlap": overlap,
+    }
+    return Comparison(environment=environment(**facts), rows=rows(runs, engine.description))
+
+
+def with_latency(engine: Engine, seconds: float) -> Engine:
+    """The same engine behind a set latency."""
+    delayed = SetLatency(engine.index, seconds)
+    options = replace(engine.options, retriever_latency=seconds)
+    return replace(engine, options=options, retriever=delayed, description=delayed.description)
+
+
+def markdown(name: str, report: Comparison) -> str:
+    """A table as Markdown, with what it was measured on."""
+    facts = report.environment
+    lines = [
+        f"## {name}",
+        "",
+        f"{facts['date']}, {facts['machine']}, {facts['retriever']}. {facts['questions']} questions ({facts['sets']}), "
+        f"{facts['max_new_tokens']} tokens each, {facts['dtype']}. a = {facts['a_s'] * 1e3:.0f} ms, "
+        f"b = {facts['b_s'] * 1e3:.0f} ms, b/a = {facts['b_over_a']:.2f}. Two threads' work overlaps by "
+        f"{facts['overlap']['efficiency']:.2f} (1: fully, 0 or less: not at all).",
+        "",
+        "| arrangement | latency s | speed-up | 95 % | γ | rollbacks | searches | F_ideal | F_miss | identical |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report.rows:
+        gamma = "" if row.gamma is None else f"{row.gamma:.2f}"
+        same = f"{row.identical}/{row.outputs}" + (f" (+{row.explained} near-ties)" if row.explained else "")
+        lines.append(
+            f"| {row.arrangement} | {row.latency_s:.2f} | {row.speedup:.2f} | {row.speedup_low:.2f}-"
+            f"{row.speedup_high:.2f} | {gamma} | {row.rollbacks} | {row.kb_calls} | {row.f_ideal:.2f} | "
+            f"{row.f_miss:.2f} | {same} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder with passages, embeddings and questions.")] = DEMO,
+    model: Annotated[str, typer.Option(help="Model folder or hub id.")] = str(DEMO / "model"),
+    questions: Annotated[int, typer.Option(min=1, help="Questions from each set.")] = 1,
+    sets: Annotated[str, typer.Option(help="Question sets, with commas.")] = "nq",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of every answer.")] = 24,
+    pad_to: Annotated[int, typer.Option(help="Also measure the corpus padded to so many vectors.")] = 0,
+    only: Annotated[
+        str, typer.Option(help="Part of the settings: 'own', 'shared' or both, with commas.")
+    ] = "own,shared",
+    out: Annotated[Path | None, typer.Option(help="Folder for JSON and Markdown.")] = None,
+) -> None:
+    """Measure the paper's arrangements where the index has resources of its own, and where it has not."""
+    console = Console(width=120)
+    options = EngineOptions(model=model, data=data)
+    engine = open_engine(options)
+    overlap = overlap_efficiency(engine)
+    reports: dict[str, Comparison] = {}
+
+    def take(name: str, one: Engine) -> None:
+        reports[name] = report = measure(one, questions, sets, max_new_tokens, overlap)
+        console.print(comparison_table(report.rows, report.environment))
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / f"{name}.json").write_text(report.model_dump_json(indent=2) + "\n")
+
+    if "own" in only:
+        first = measure(engine, 1, sets, max_new_tokens, overlap)  # for a alone
+        a = float(first.environment["a_s"])
+        for ratio in RATIOS:
+            take(f"own_resources_{ratio:g}a", with_latency(engine, round(ratio * a, 3)))
+    if "shared" in only:
+        take("shared_cores", engine)
+        if pad_to:
+            padded = open_engine(replace(options, pad_to=pad_to))
+            take(f"shared_cores_{pad_to}", replace(padded, options=replace(options, pad_to=pad_to)))
+    if out is not None:
+        text = "\n".join(markdown(name, report) for name, report in reports.items())
+        (out / f"two_settings_{'_'.join(only.split(','))}.md").write_text(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)
