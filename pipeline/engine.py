@@ -52,7 +52,6 @@ def open_engine(options: EngineOptions) -> Engine:
     from ralmspec.retrievers.passages import Passages
     from ralmspec.stages.transformers_model import TransformersModel
 
-    quiet()
     limit_threads(options.model_threads)
     corpus = Corpus.find(options.data, options.corpus)
     encoder = SentenceEncoder(options.encoder, device=options.device)
@@ -69,15 +68,6 @@ def open_engine(options: EngineOptions) -> Engine:
         retriever, description = delayed, delayed.description
     model = TransformersModel.load(options.model, device=options.device, dtype=options.dtype)
     return Engine(options, model, retriever, index, corpus, description)
-
-
-def quiet() -> None:
-    """Keep the libraries' own progress bars out of a program's output."""
-    try:
-        from transformers.utils import logging
-    except ImportError:
-        raise MissingExtra("serving a local model needs: pip install 'ralmspec[local]'") from None
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def limit_threads(model: int) -> None:

@@ -1,6 +1,7 @@
 """Turns a query's text into the vector that a dense retriever searches with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,9 +45,10 @@ class SentenceEncoder:
         if isinstance(name_or_path, Path) and not name_or_path.is_dir():
             raise BadKnowledge(f"query encoder {path}: there is no such folder")
         try:
-            self._model = SentenceTransformer(
-                path, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
-            )
+            with _no_progress_bar():
+                self._model = SentenceTransformer(
+                    path, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
+                )
         except (OSError, ValueError, SafetensorError) as error:
             raise BadKnowledge(f"query encoder {path}: cannot be loaded ({error})") from error
         self._model.float().eval()
@@ -70,6 +72,20 @@ class SentenceEncoder:
             pooled = model(dict(tokens.to(model.device)))["sentence_embedding"]
             vector: NDArray[np.float32] = pooled[0].cpu().numpy()
         return vector
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws one on stderr for every model it loads; a library has no business there."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _bundled() -> str:
