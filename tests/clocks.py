@@ -82,7 +82,7 @@ class ShuffledLoop(VirtualLoop):
         self.generator = random.Random(seed)
         self.jitter = jitter
         super().__init__()
-        self._ready = _Shuffled(self, self._ready)
+        self._ready: deque[Any] = _Shuffled(self, getattr(self, "_ready"))  # noqa: B009
 
 
 def run(main: Callable[..., Awaitable[Result]], *arguments: Any, seed: int | None = None) -> Result:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 import anyio
 import numpy as np
@@ -12,6 +12,9 @@ import numpy as np
 from ralmspec.retrievers.base import Document, Ids, Query, Ranking, Scores
 from ralmspec.stages.errors import WorkerLost
 from ralmspec.stages.model import Frontier, Prefix, Tokens
+
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
 
 VOCABULARY = 24
 END = 0
@@ -162,7 +165,7 @@ class VirtualWorker:
         self._begun: list[float] = []
         self._abandoned = anyio.Event()
 
-    async def call(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    async def call(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         start = anyio.current_time()
         self.running += 1
         self._begun.append(start)

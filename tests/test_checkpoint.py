@@ -160,7 +160,7 @@ def test_loading_prints_nothing_and_leaves_the_progress_bars_as_they_were(models
 
 
 def test_start_and_end_tokens_are_the_checkpoints(models, tmp_path):
-    found = {}
+    found: dict[str, object] = {}
     for family in ("gpt2", "opt", "llama"):
         model = TransformersModel.load(tiny_model(family, models))
         found[family] = (model.start_tokens, model.end_tokens)

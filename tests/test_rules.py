@@ -5,13 +5,14 @@ runs on loops of its own. R8 to R12 are in `test_rules_of_ends.py`.
 """
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import anyio
 import pytest
 from clocks import interrupted, run
-from fakes import AlwaysMisses, FakeModel, FakeRetriever, VirtualWorker, Workers, fixed
+from fakes import AlwaysMisses, Arguments, FakeModel, FakeRetriever, Result, VirtualWorker, Workers, fixed
 from scenes import PROMPT, TOKENS, Lingers, exact, opened, state, until
 from simulation import Eager
 
@@ -63,7 +64,7 @@ def test_r1_a_slot_is_taken_in_one_go_or_not_at_all() -> None:
     """Cut at every suspension of entering: never a session that nobody holds."""
 
     async def scenario(at: int) -> bool:
-        pipeline = opened(limits=Limits(sessions=1))
+        pipeline = opened(limits=Limits(sessions=1, unread_events=1))
 
         async def enter() -> None:
             stream = pipeline.session(PROMPT)
@@ -92,7 +93,7 @@ class Guarded(VirtualWorker):
     working = False
     sessions: Any = ()
 
-    async def call(self, work: Any, *arguments: Any) -> Any:
+    async def call(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         for session in list(self.sessions):
             own = {id(value) for value in vars(session).values() if isinstance(value, (list, dict, set))}
             shared = [value for value in parts(arguments) if id(value) in own]
@@ -227,8 +228,9 @@ class InFlight(VirtualWorker):
     now = 0
     most = 0
 
-    async def call(self, work: Any, *arguments: Any) -> Any:
+    async def call(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         queries = sum(len(checks) for checks in arguments[0]) if self.name == "index" else 0
+        assert not (queries and InFlight.now), "verdicts of two searches could come in any order"
         InFlight.now += queries
         InFlight.most = max(InFlight.most, InFlight.now)
         try:

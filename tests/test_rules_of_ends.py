@@ -34,6 +34,7 @@ from ralmspec.pipeline import (
 from ralmspec.stages.arrangement import Outlook
 from ralmspec.stages.model import Frontier
 from ralmspec.stages.request import Status
+from ralmspec.stages.verify import Verify
 
 # R8 The client never holds a stage -------------------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ def test_r8_a_reader_that_stays_away_pauses_its_own_session_only() -> None:
                 began = anyio.current_time()
                 await exact(pipeline, "2 7 1 8")
                 beside = anyio.current_time() - began
-                tokens = []
+                tokens: list[int] = []
                 async for event in session:  # and who comes back gets everything
                     assert waiting(session) <= limit + speculation.window
                     tokens += event.tokens if isinstance(event, Committed) else ()
@@ -294,6 +295,30 @@ async def one_death(output: list[Any]) -> None:
     assert not pipeline.live_sessions
 
 
+def test_r10_readers_are_told_of_a_death_at_once() -> None:
+    """Also the one whose pass is running and takes a minute; only leaving waits for that."""
+
+    async def scenario() -> None:
+        told: list[float] = []
+
+        async def fail(prompt: str) -> None:
+            with pytest.raises(EngineDead, match="deadly"):
+                await pipeline.complete(prompt)
+            told.append(anyio.current_time())
+
+        pipeline = opened(worker=fixed(model=60.0, index=0.25))
+        with pytest.raises(EngineDead, match="deadly"):
+            async with pipeline, anyio.create_task_group() as callers:
+                callers.start_soon(fail, PROMPT)
+                await anyio.sleep(1)
+                callers.start_soon(fail, "2 7")
+        assert len(told) == 2 and max(told) < 2
+        assert anyio.current_time() == pytest.approx(60.25)
+
+    with deadly(Verify, 4, False):
+        run(scenario)
+
+
 class Mortal(Lingers):
     """An output stage that raises after a second."""
 
@@ -407,15 +432,15 @@ def test_r12_other_sessions_do_not_hide_a_stalled_one() -> None:
     """One session is not told to act any more; others keep the stages busy meanwhile."""
 
     async def scenario() -> None:
-        async with opened(limits=Limits(stall_s=7)) as pipeline, anyio.create_task_group() as callers:
-            async with pipeline.session(PROMPT, max_new_tokens=400) as session:
-                callers.start_soon(exact, pipeline, "2 7", 400)
-                state(session).arrangement = Forgetful()
-                with pytest.raises(Stalled):
-                    async for _ in session:
-                        pass
-                assert 7 <= anyio.current_time() < 8
-                assert pipeline.live_sessions == 1
+        pipeline = opened(limits=Limits(stall_s=7))
+        async with pipeline, anyio.create_task_group() as callers, pipeline.session(PROMPT) as session:
+            callers.start_soon(exact, pipeline, "2 7", 400)
+            state(session).arrangement = Forgetful()
+            with pytest.raises(Stalled):
+                async for _ in session:
+                    pass
+            assert 7 <= anyio.current_time() < 8
+            assert pipeline.live_sessions == 1
 
     run(scenario)
 

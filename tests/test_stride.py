@@ -162,4 +162,4 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         FixedStride(0)
     for wrong in ({"window": 0}, {"longest": 0}, {"gamma_max": 0.0}, {"gamma_max": 1.0}):
         with pytest.raises(ValueError, match="gamma_max"):
-            OS3(**wrong)  # type: ignore[arg-type]
+            OS3(**wrong)

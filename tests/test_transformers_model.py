@@ -45,7 +45,7 @@ def logits(model, *parts, session=1):
 
 
 def greedy(model, tokens, count, session=1):
-    made = []
+    made: list[int] = []
     while len(made) < count and not (made and made[-1] in model.end_tokens):
         made.append(int(logits(model, tokens, np.array(made, dtype=np.int64), session=session).argmax()))
     return made
@@ -96,7 +96,7 @@ def test_greedy_decoding_equals_generate(load, models, family, dtype):
     lengths = []
     for start in range(3):
         prompt = torch.from_numpy(A[start : start + 30])[None]
-        expected = reference.generate(
+        expected = reference.generate(  # type: ignore[misc]
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False, pad_token_id=0
         )
         made = greedy(ours, A[start : start + 30], 40, session=start)

@@ -75,7 +75,7 @@ def make_network(family: str, tokenizer: Any, settings: dict[str, Any]) -> Any:
         "num_attention_heads": 4,
     }
     llama = {"intermediate_size": 128, "num_key_value_heads": 2, "initializer_range": 0.3}
-    config_class, network_class, shape = {
+    kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel, {"initializer_range": 0.3}),
         "opt": (
             transformers.OPTConfig,
@@ -85,7 +85,8 @@ def make_network(family: str, tokenizer: Any, settings: dict[str, Any]) -> Any:
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, llama),
         "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {**llama, "sliding_window": None}),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, llama),
-    }[family]
+    }
+    config_class, network_class, shape = kinds[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sum(family.encode()))
         return network_class(config_class(**{**shared, **shape, **settings})).eval()

@@ -1,0 +1,417 @@
+"""Ways to break the rules R1 to R12, and who must notice. `test_mutants.py` breaks them one by one.
+
+A mutant is made by replacing one attribute; it wraps what is there, so that it breaks one thing and keeps the rest.
+Not listed because nothing could notice: `home` without the credits, or without Verify's turn (each implies the other).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import repeat
+from typing import Any
+
+import pytest
+import simulation
+import test_rules as cycle_rules
+import test_rules_of_ends as end_rules
+from anyio import create_memory_object_stream
+from anyio.lowlevel import checkpoint
+from fakes import VirtualWorker
+
+from ralmspec.pipeline import Limits, NotServing, SessionStream, runner
+from ralmspec.pipeline.runner import Runner
+from ralmspec.stages import cycle, switch
+from ralmspec.stages.generate import Generate
+from ralmspec.stages.in_context import BoundInContext
+from ralmspec.stages.lookup import Lookup
+from ralmspec.stages.messages import Done, Place
+from ralmspec.stages.prefetch import Prefetch
+from ralmspec.stages.request import Status
+from ralmspec.stages.session import Session
+from ralmspec.stages.switch import Sink, Switch
+from ralmspec.stages.verify import Verify
+
+Patch = pytest.MonkeyPatch
+Notice = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """`breaks` breaks a rule; `noticed_by` then raises."""
+
+    rule: str
+    what: str
+    breaks: Callable[[Patch], None]
+    noticed_by: Notice
+
+    def __str__(self) -> str:
+        return f"{self.rule} {self.what}"
+
+
+def schedules() -> None:
+    """Random schedules, few enough to be quick."""
+    for seed in range(40):
+        simulation.simulate(simulation.Luck(seed=seed))
+
+
+def nothing(*arguments: Any, **named: Any) -> None:
+    """What is left out."""
+
+
+async def no_wait(*arguments: Any, **named: Any) -> None:
+    """What is not waited for."""
+
+
+def around(owner: Any, name: str, wrapper: Callable[..., Any]) -> Callable[[Patch], None]:
+    """Replaces a function by `wrapper`, which gets the original first."""
+
+    def breaks(patch: Patch) -> None:
+        original = getattr(owner, name)
+        patch.setattr(owner, name, lambda *arguments, **named: wrapper(original, *arguments, **named))
+
+    return breaks
+
+
+def instead(owner: Any, name: str, value: Any, raising: bool = True) -> Callable[[Patch], None]:
+    """Replaces an attribute."""
+    return lambda patch: patch.setattr(owner, name, value, raising=raising)
+
+
+# R1, R2 ----------------------------------------------------------------------------------------------------------
+
+
+def admits_unchecked(admit: Any, self: Runner, request: Any) -> Any:
+    with Patch.context() as patch:
+        patch.setattr(self, "refuse_if_closed", nothing)
+        return admit(self, request)
+
+
+async def waits_after_registering(enter: Any, self: SessionStream) -> Any:
+    stream = await enter(self)
+    await checkpoint()
+    return stream
+
+
+def registers_without_a_turn(register: Any, self: Switch, session: Session) -> Any:
+    with Patch.context() as patch:
+        patch.setattr(self, "send_nowait", nothing)
+        return register(self, session)
+
+
+def writes_from_a_thread(work: Any, self: Generate, batch: Any) -> Any:
+    for made in batch:
+        self._sessions[made.session].progress = 0.0
+    return work(self, batch)
+
+
+def lends_its_list(next_pass: Any, self: Session) -> Any:
+    made = next_pass(self)
+    return made and replace(made, context=self.context)
+
+
+# R3, R4 ----------------------------------------------------------------------------------------------------------
+
+
+def keeps_the_epoch(roll_back: Any, self: Session, step: Any, truth: Any) -> None:
+    epoch = self.epoch
+    roll_back(self, step, truth)
+    self.epoch = epoch
+
+
+def keeps_later_drafts(roll_back: Any, self: Session, step: Any, truth: Any) -> None:
+    later = [other for other in self.steps if other.index > step.index]
+    roll_back(self, step, truth)
+    self.steps.extend(later)
+
+
+def keeps_queued_checks(roll_back: Any, self: Session, step: Any, truth: Any) -> None:
+    queued = list(self.checks)
+    roll_back(self, step, truth)
+    self.checks.extend(queued)
+
+
+def keeps_the_text(roll_back: Any, self: Session, step: Any, truth: Any) -> None:
+    context = list(self.context)
+    roll_back(self, step, truth)
+    self.context[:] = context
+
+
+def redoes_under_the_guess(judge: Any, self: Session, *arguments: Any, **named: Any) -> None:
+    epoch, guesses = self.epoch, {step.index: step.retrieved for step in self.steps}
+    judge(self, *arguments, **named)
+    if self.epoch > epoch and self.steps:
+        self.steps[-1].retrieved = guesses[self.steps[-1].index]
+
+
+def wakes_nobody(stage: type[Any]) -> Callable[[Patch], None]:
+    class Deaf:
+        def send_nowait(self, session: Session) -> None:
+            pass
+
+    serve = stage._serve
+
+    async def serve_in_silence(self: Any, turns: Any, outbox: Any) -> None:
+        await serve(self, turns, Deaf())
+
+    return instead(stage, "_serve", serve_in_silence)
+
+
+def heeds_stale_verdicts(judge: Any, self: Session, verdicts: Any, **named: Any) -> None:
+    class Fresh(list[Any]):
+        def __iter__(fresh) -> Any:
+            return (replace(verdict, epoch=self.epoch) for verdict in verdicts)
+
+    judge(self, Fresh(verdicts), **named)
+
+
+# R5, R6 ----------------------------------------------------------------------------------------------------------
+
+
+def keeps_credits(come_home: Any, self: Session, turn: Any) -> None:
+    flying = list(self.flying)
+    come_home(self, turn)
+    self.flying = flying
+
+
+def forgets_the_ended(come_home: Any, self: Session, turn: Any) -> None:
+    if not self.final:
+        come_home(self, turn)
+
+
+def frees_at_the_end(finish: Any, self: Session, *arguments: Any) -> None:
+    finish(self, *arguments)
+    self.flying.clear()
+    self.out &= {Place.OUTPUT}
+
+
+def sends_a_second_batch(send: Any, self: Switch, session: Session) -> None:
+    session.out.discard(Place.VERIFY)
+    send(self, session)
+
+
+def home_without(place: Place) -> Callable[[Patch], None]:
+    def home(self: Session) -> bool:
+        return not self.out - {place} and (place is Place.VERIFY or not self.flying)
+
+    return instead(Session, "home", property(home))
+
+
+# R7, R8 ----------------------------------------------------------------------------------------------------------
+
+
+class Shorter:
+    """Makes queues that are one too short."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def __getitem__(self, item: Any) -> Any:
+        return lambda size: self.kind[item](size - 1)
+
+
+def gives_turns_twice(send: Any, self: Switch, session: Session) -> None:
+    session.out -= {Place.LOOKUP, Place.GENERATE}
+    send(self, session)
+
+
+async def reads_without_waking(get: Any, self: Sink) -> Any:
+    self._wake = nothing
+    return await get(self)
+
+
+def one_blocks_all(patch: Patch) -> None:
+    everybody: list[Session] = []
+    begin = Session.__init__
+
+    def noted(self: Session, *arguments: Any, **named: Any) -> None:
+        begin(self, *arguments, **named)
+        everybody.append(self)
+
+    def blocked(self: Session) -> bool:
+        return any(session.unread >= session.request.unread_limit for session in everybody if not session.final)
+
+    patch.setattr(Session, "__init__", noted)
+    patch.setattr(Session, "blocked_by_reader", property(blocked))
+
+
+# R9, R10 ---------------------------------------------------------------------------------------------------------
+
+
+def overwrites_the_end(finish: Any, self: Session, *arguments: Any) -> None:
+    self.status = Status.LIVE
+    finish(self, *arguments)
+
+
+def hides_the_error(last_event: Callable[[Session], Done], self: Session) -> Done:
+    return replace(last_event(self), error=None)
+
+
+def ends_without_saying(finish: Any, self: Session, *arguments: Any) -> None:
+    with Patch.context() as patch:
+        patch.setattr(self, "_emit", nothing)
+        finish(self, *arguments)
+
+
+def dies_alone(die: Any, self: Runner, *arguments: Any) -> None:
+    with Patch.context() as patch:
+        patch.setattr(self, "end", nothing)
+        die(self, *arguments)
+
+
+def dies_in_secret(die: Any, self: Runner, *arguments: Any) -> None:
+    die(self, *arguments)
+    self.dead = None
+
+
+def leaves_the_others_running(die: Any, self: Runner, *arguments: Any) -> None:
+    with Patch.context() as patch:
+        patch.setattr(self, "_scopes", [])
+        die(self, *arguments)
+
+
+# R11, R12 --------------------------------------------------------------------------------------------------------
+
+
+def patience(seconds: float) -> Callable[[Patch], None]:
+    return instead(Limits, "drain_s", property(lambda self: seconds, nothing))
+
+
+def spares_the_rest(end: Any, self: Runner, session: Session, status: Any, error: Any) -> None:
+    if not isinstance(error, NotServing):
+        end(self, session, status, error)
+
+
+def ignores_deadlines(admit: Any, self: Runner, request: Any) -> Any:
+    return admit(self, replace(request, deadline=float("inf")))
+
+
+def counts_the_readers_time(stalls_at: Any, self: Runner, session: Session) -> float:
+    with Patch.context() as patch:
+        patch.setattr(Session, "blocked_by_reader", property(lambda self: False))
+        return float(stalls_at(self, session))
+
+
+# What all of it is for -------------------------------------------------------------------------------------------
+
+
+def commits_unverified(commit: Any, self: Session) -> None:
+    for step in self.steps:
+        step.certain |= step.complete
+    commit(self)
+
+
+def ends_with_a_draft(decoded: Any, self: Session, *arguments: Any) -> None:
+    decoded(self, *arguments)
+    if self._complete:
+        self.finish(Status.DONE)
+
+
+R = cycle_rules
+E = end_rules
+MUTANTS = [
+    Mutant("R1", "the slot is taken unchecked", around(Runner, "admit", admits_unchecked),
+           R.test_r1_admission_never_exceeds_the_slots),
+    Mutant("R1", "a wait after registering", around(SessionStream, "__aenter__", waits_after_registering),
+           R.test_r1_a_slot_is_taken_in_one_go_or_not_at_all),
+    Mutant("R1", "registered without a turn", around(Switch, "register", registers_without_a_turn),
+           R.test_r1_admission_never_exceeds_the_slots),
+    Mutant("R2", "a thread writes to a session", around(Generate, "work", writes_from_a_thread),
+           R.test_r2_only_sections_on_the_loop_change_a_session),
+    Mutant("R2", "a thread gets the session's own list", around(Session, "next_pass", lends_its_list),
+           R.test_r2_only_sections_on_the_loop_change_a_session),
+    Mutant("R3", "the epoch stays", around(Session, "_roll_back", keeps_the_epoch),
+           R.test_r3_a_rollback_is_a_write_and_a_wake),
+    Mutant("R3", "later drafts stay", around(Session, "_roll_back", keeps_later_drafts),
+           R.test_r3_a_rollback_is_a_write_and_a_wake),
+    Mutant("R3", "queued checks stay", around(Session, "_roll_back", keeps_queued_checks),
+           R.test_r3_a_rollback_is_a_write_and_a_wake),
+    Mutant("R3", "the text stays", around(Session, "_roll_back", keeps_the_text),
+           R.test_r3_a_rollback_is_a_write_and_a_wake),
+    Mutant("R3", "the redo is under the guess", around(Session, "judge", redoes_under_the_guess),
+           R.test_r3_a_rollback_is_a_write_and_a_wake),
+    *(Mutant("R3", f"{stage.__name__} wakes nobody", wakes_nobody(stage), schedules)
+      for stage in (Lookup, Generate, Verify, Prefetch)),
+    Mutant("R4", "nothing is stale", instead(Session, "is_stale", lambda self, epoch: False),
+           R.test_r4_stale_tokens_and_look_ups_are_dropped),
+    Mutant("R4", "nothing is stale, in random schedules", instead(Session, "is_stale", lambda self, epoch: False),
+           schedules),
+    Mutant("R4", "stale verdicts count", around(Session, "judge", heeds_stale_verdicts),
+           R.test_r4_stale_verdicts_are_dropped),
+    Mutant("R4", "ids are used again", instead(runner, "_SESSION_IDS", repeat(7)),
+           R.test_r4_ids_are_never_used_twice),
+    Mutant("R5", "credits never come home", around(Session, "come_home", keeps_credits),
+           R.test_r5_credits_come_home_from_faults_and_ended_sessions),
+    Mutant("R5", "credits of ended sessions never come home", around(Session, "come_home", forgets_the_ended),
+           R.test_r5_credits_come_home_from_faults_and_ended_sessions),
+    Mutant("R5", "credits come home before their checks", around(Session, "finish", frees_at_the_end),
+           R.test_r5_credits_come_home_from_faults_and_ended_sessions),
+    Mutant("R5", "a second batch goes out beside the first", around(Switch, "send_nowait", sends_a_second_batch),
+           partial(R.test_r5_a_session_has_at_most_k_checks_in_flight, False)),
+    Mutant("R6", "the slot is free at the end", instead(Session, "home", property(lambda self: True)), schedules),
+    *(Mutant("R6", f"the slot is free before {place.value} is home", home_without(place),
+             partial(R.test_r6_a_slot_is_kept_until_work_is_home, out))
+      for place, out in ((Place.LOOKUP, "encoder"), (Place.GENERATE, "model"), (Place.VERIFY, "index"),
+                         (Place.PREFETCH, "prefetch"), (Place.OUTPUT, "output"))),
+    Mutant("R6", "the slot is free while a turn is in a queue", home_without(Place.VERIFY),
+           R.test_r6_a_turn_in_a_queue_is_not_home),
+    Mutant("R7", "queues are one too short",
+           instead(runner, "create_memory_object_stream", Shorter(create_memory_object_stream)),
+           R.test_r7_queues_of_n_are_enough_for_n_sessions),
+    Mutant("R7", "a full queue loses what does not fit", instead(switch, "overflow", nothing),
+           R.test_r7_a_full_queue_says_so),
+    Mutant("R7", "a turn is given twice", around(Switch, "send_nowait", gives_turns_twice), schedules),
+    Mutant("R8", "nobody looks how much is unread", instead(Session, "blocked_by_reader", property(lambda self: False)),
+           E.test_r8_a_reader_that_stays_away_pauses_its_own_session_only),
+    Mutant("R8", "reading wakes nobody", around(Sink, "get", reads_without_waking),
+           E.test_r8_one_event_at_a_time_is_enough),
+    Mutant("R8", "one reader pauses all", one_blocks_all,
+           E.test_r8_a_reader_that_stays_away_pauses_its_own_session_only),
+    Mutant("R8", "what output stages took stays unread", instead(Switch, "picked_up", nothing), schedules),
+    Mutant("R9", "the last end wins", around(Session, "finish", overwrites_the_end),
+           E.test_r9_the_first_end_wins_and_is_told_once),
+    Mutant("R9", "a cut stream looks complete", around(Session, "last_event", hides_the_error),
+           partial(E.test_r9_a_stream_that_was_cut_never_looks_complete, "fault")),
+    Mutant("R9", "a cut stream looks complete, in random schedules", around(Session, "last_event", hides_the_error),
+           schedules),
+    Mutant("R9", "nobody is told", around(Session, "finish", ends_without_saying),
+           partial(E.test_r9_a_stream_that_was_cut_never_looks_complete, "done")),
+    Mutant("R9", "leaving is no end", instead(SessionStream, "__aexit__", no_wait),
+           E.test_r9_leaving_the_block_is_an_end),
+    Mutant("R10", "one session's fault is the batch's",
+           instead(cycle._fault_of, "__exit__", lambda *arguments: False),
+           partial(E.test_r10_one_sessions_fault_is_its_own, "score")),
+    Mutant("R10", "a batch's fault is the engine's", instead(cycle, "FATAL", (Exception,)),
+           partial(E.test_r10_a_batchs_fault_is_its_members, "index")),
+    Mutant("R10", "a death fails nobody", around(Runner, "_die", dies_alone),
+           E.test_r10_readers_are_told_of_a_death_at_once),
+    Mutant("R10", "a death stays secret", around(Runner, "_die", dies_in_secret),
+           partial(E.test_r10_a_dead_stage_fails_all, "Verify", False)),
+    Mutant("R10", "the other stages live on", around(Runner, "_die", leaves_the_others_running),
+           partial(E.test_r10_a_dead_stage_fails_all, "Verify", False)),
+    Mutant("R10", "the dead are not buried", instead(Runner, "_bury", nothing),
+           partial(E.test_r10_a_dead_stage_fails_all, "Verify", False)),
+    Mutant("R10", "readiness says yes", instead(Runner, "accepting", property(lambda self: True)),
+           partial(E.test_r10_a_dead_stage_fails_all, "Verify", False)),
+    Mutant("R11", "the door stays open",
+           instead(Runner, "_accepting", property(lambda self: True, nothing), raising=False),
+           E.test_r11_draining_lets_sessions_end_and_nobody_in),
+    Mutant("R11", "sessions may not end", patience(1e-3), E.test_r11_draining_lets_sessions_end_and_nobody_in),
+    Mutant("R11", "patience has no end", patience(float("inf")),
+           E.test_r11_then_the_rest_is_ended_and_thread_calls_are_waited_for),
+    Mutant("R11", "the rest is not ended", around(Runner, "end", spares_the_rest),
+           E.test_r11_then_the_rest_is_ended_and_thread_calls_are_waited_for),
+    Mutant("R11", "calls are not waited for", instead(Runner, "_emptied", no_wait),
+           E.test_r11_then_the_rest_is_ended_and_thread_calls_are_waited_for),
+    Mutant("R12", "the watchdog sleeps", instead(Runner, "_stalls_at", lambda self, session: float("inf")),
+           E.test_r12_a_session_without_progress_is_failed_in_time),
+    Mutant("R12", "the reader's time counts", around(Runner, "_stalls_at", counts_the_readers_time),
+           E.test_r12_the_time_a_reader_stays_away_does_not_count),
+    Mutant("R12", "deadlines pass", around(Runner, "admit", ignores_deadlines), E.test_r12_deadlines_come_in_time),
+    Mutant("R12", "hung calls go unnoticed", instead(VirtualWorker, "oldest_call", lambda self: float("inf")),
+           partial(E.test_r12_a_hung_call_is_the_death_of_the_engine, "model", True)),
+    Mutant("R12", "hung calls are waited for", instead(VirtualWorker, "abandon", nothing),
+           partial(E.test_r12_draining_waits_for_a_hung_call_until_the_deadline_only, "model")),
+    Mutant("promise 1", "drafts are committed unverified", around(Session, "_commit", commits_unverified), schedules),
+    Mutant("promise 1", "an end in a draft is final", around(Session, "decoded", ends_with_a_draft), schedules),
+    Mutant("promise 1", "every guess is right", instead(BoundInContext, "agree", lambda *arguments: True), schedules),
+]  # fmt: skip
