@@ -106,5 +106,17 @@ async def test_ends_of_every_kind_leave_it_usable() -> None:
                 await anyio.sleep(0.001)
 
 
+async def test_the_pipeline_itself_is_cut() -> None:
+    """By the program around it, while a pass is running."""
+    model = Batched()
+    with anyio.fail_after(10), anyio.move_on_after(0.02) as scope:
+        async with opened(model=model, worker=ThreadWorker) as pipeline, anyio.create_task_group() as callers:
+            for n in range(5):
+                callers.start_soon(exact, pipeline, f"{n} 4", 3000)
+    assert scope.cancelled_caught
+    assert not pipeline.live_sessions and not pipeline.ready
+    assert len(set(model.forgotten)) == 5
+
+
 def failing(prefixes: Any) -> Any:
     raise MemoryError("no memory")

@@ -5,8 +5,8 @@ runs on loops of its own. R8 to R12 are in `test_rules_of_ends.py`.
 """
 
 import inspect
+from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import anyio
@@ -95,17 +95,18 @@ class Guarded(VirtualWorker):
 
     async def call(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         for session in list(self.sessions):
-            own = {id(value) for value in vars(session).values() if isinstance(value, (list, dict, set))}
+            own = {id(value) for value in vars(session).values() if isinstance(value, (list, deque, dict, set))}
             shared = [value for value in parts(arguments) if id(value) in own]
             assert not shared, f"a thread got state of {session}"
-        return await super().call(partial(self._guarded, work), *arguments)
 
-    def _guarded(self, work: Any, *arguments: Any) -> Any:
-        Guarded.working = True
-        try:
-            return work(*arguments)
-        finally:
-            Guarded.working = False
+        def guarded(*arguments: *Arguments) -> Result:
+            Guarded.working = True
+            try:
+                return work(*arguments)
+            finally:
+                Guarded.working = False
+
+        return await super().call(guarded, *arguments)
 
 
 def parts(value: Any) -> list[Any]:
@@ -229,7 +230,8 @@ class InFlight(VirtualWorker):
     most = 0
 
     async def call(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-        queries = sum(len(checks) for checks in arguments[0]) if self.name == "index" else 0
+        batch: Any = arguments
+        queries = sum(len(checks) for checks in batch[0]) if self.name == "index" else 0
         assert not (queries and InFlight.now), "verdicts of two searches could come in any order"
         InFlight.now += queries
         InFlight.most = max(InFlight.most, InFlight.now)

@@ -1,5 +1,6 @@
 """The rules of the cycle, R8 to R12: readers, ends, faults, draining and the watchdog. See `test_rules.py`."""
 
+import asyncio
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -317,6 +318,41 @@ def test_r10_readers_are_told_of_a_death_at_once() -> None:
 
     with deadly(Verify, 4, False):
         run(scenario)
+
+
+class Panic(BaseException):
+    """Not an `Exception`: what a crash in a native library may raise."""
+
+
+@pytest.mark.parametrize("where", ["encoder", "model", "index", "prefetch"])
+def test_r10_a_panic_is_a_death(where: str) -> None:
+    run(one_panic, where)
+
+
+async def one_panic(where: str) -> None:
+    workers = Workers(model=0.1, index=0.25, encoder=0.02, prefetch=0.01)
+    ends: list[tuple[BaseException, float]] = []
+
+    def panic(name: str) -> None:
+        raise Panic("deadly")
+
+    async def ask(prompt: str) -> None:
+        try:
+            await pipeline.complete(prompt, max_new_tokens=400)
+        except Exception as error:
+            ends.append((error, anyio.current_time()))
+
+    pipeline = opened(worker=workers)
+    with pytest.raises((EngineDead, BaseExceptionGroup), match="deadly|unhandled"):
+        async with pipeline:
+            readers = [asyncio.create_task(ask(prompt)) for prompt in ("3 1 4", "2 7 1 8", "5 3 5")]
+            await anyio.sleep(1)
+            workers[where].fault = panic
+            await anyio.sleep(5)
+    await asyncio.wait(readers)
+    assert anyio.current_time() < 7, "leaving waits for calls that cannot come home"
+    assert [type(error) for error, _ in ends] == [EngineDead] * 3 and max(at for _, at in ends) < 2
+    assert not pipeline.live_sessions
 
 
 class Mortal(Lingers):

@@ -156,7 +156,7 @@ def test_cancel_at_every_suspension(way: str, arrangement: Arrangement) -> None:
             assert list(answer.tokens) == expected[prompt]
 
         async def run_victim() -> None:
-            nonlocal suspensions  # type: ignore[misc]
+            nonlocal suspensions
             with scope:
                 try:
                     suspensions = await interrupted(victim(), at, act)
