@@ -192,11 +192,19 @@ class Runner:
             except Exception as error:  # the caller's own; the task group would hide it in an exception group
                 failure = error
             finally:
-                with anyio.CancelScope(shield=True):
-                    await self._drain()
-                watch.cancel()
-                for source in self._sources:
-                    source.close()
+                try:
+                    with anyio.CancelScope(shield=True):
+                        await self._drain()
+                except BaseException as error:  # a native cancel goes through every shield: leave at once
+                    self._die(f"draining was cut short by {type(error).__name__}", error)
+                    raise
+                finally:
+                    watch.cancel()
+                    for source in self._sources:
+                        source.close()
+                    for worker in self._workers.values():
+                        worker.abandon()
+                        worker.close(0.0)
         if failure is not None:
             raise failure
         if self.dead is not None:
@@ -211,8 +219,10 @@ class Runner:
                 await stage.run(inbox, outbox)
                 if self._accepting or self.switch.live:
                     raise InvariantBroken(f"the stage {name} returned although its inbox was open")
-        except Exception as error:
+        except BaseException as error:
             self._die(f"the stage {name} died of {type(error).__name__}: {error}", error)
+            if not isinstance(error, Exception):
+                raise
         finally:
             if outbox is not self.switch:
                 outbox.close()  # the end travels down the output path by itself

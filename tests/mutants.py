@@ -14,8 +14,11 @@ import pytest
 import simulation
 import test_rules as cycle_rules
 import test_rules_of_ends as end_rules
+import test_rules_of_faults as fault_rules
+import test_rules_of_time as time_rules
 from anyio import create_memory_object_stream
 from anyio.lowlevel import checkpoint
+from clients import Luck
 from fakes import VirtualWorker
 
 from ralmspec.pipeline import Limits, NotServing, SessionStream, runner
@@ -51,7 +54,7 @@ class Mutant:
 def schedules() -> None:
     """Random schedules, few enough to be quick."""
     for seed in range(40):
-        simulation.simulate(simulation.Luck(seed=seed))
+        simulation.simulate(Luck(seed=seed))
 
 
 def nothing(*arguments: Any, **named: Any) -> None:
@@ -308,6 +311,8 @@ def ends_with_a_draft(decoded: Any, self: Session, *arguments: Any) -> None:
 
 R = cycle_rules
 E = end_rules
+F = fault_rules
+T = time_rules
 MUTANTS = [
     Mutant("R1", "the slot is taken unchecked", around(Runner, "admit", admits_unchecked),
            R.test_r1_admission_never_exceeds_the_slots),
@@ -379,38 +384,38 @@ MUTANTS = [
            E.test_r9_leaving_the_block_is_an_end),
     Mutant("R10", "one session's fault is the batch's",
            instead(cycle._fault_of, "__exit__", lambda *arguments: False),
-           partial(E.test_r10_one_sessions_fault_is_its_own, "score")),
+           partial(F.test_r10_one_sessions_fault_is_its_own, "score")),
     Mutant("R10", "a batch's fault is the engine's", instead(cycle, "FATAL", (Exception,)),
-           partial(E.test_r10_a_batchs_fault_is_its_members, "index")),
+           partial(F.test_r10_a_batchs_fault_is_its_members, "index")),
     Mutant("R10", "a death fails nobody", around(Runner, "_die", dies_alone),
-           E.test_r10_readers_are_told_of_a_death_at_once),
+           F.test_r10_readers_are_told_of_a_death_at_once),
     Mutant("R10", "a death stays secret", around(Runner, "_die", dies_in_secret),
-           partial(E.test_r10_a_dead_stage_fails_all, "Verify", False)),
+           partial(F.test_r10_a_dead_stage_fails_all, "Verify", False)),
     Mutant("R10", "the other stages live on", around(Runner, "_die", leaves_the_others_running),
-           partial(E.test_r10_a_dead_stage_fails_all, "Verify", False)),
+           partial(F.test_r10_a_dead_stage_fails_all, "Verify", False)),
     Mutant("R10", "the dead are not buried", instead(Runner, "_bury", nothing),
-           partial(E.test_r10_a_dead_stage_fails_all, "Verify", False)),
+           partial(F.test_r10_a_dead_stage_fails_all, "Verify", False)),
     Mutant("R10", "readiness says yes", instead(Runner, "accepting", property(lambda self: True)),
-           partial(E.test_r10_a_dead_stage_fails_all, "Verify", False)),
+           partial(F.test_r10_a_dead_stage_fails_all, "Verify", False)),
     Mutant("R11", "the door stays open",
            instead(Runner, "_accepting", property(lambda self: True, nothing), raising=False),
-           E.test_r11_draining_lets_sessions_end_and_nobody_in),
-    Mutant("R11", "sessions may not end", patience(1e-3), E.test_r11_draining_lets_sessions_end_and_nobody_in),
+           T.test_r11_draining_lets_sessions_end_and_nobody_in),
+    Mutant("R11", "sessions may not end", patience(1e-3), T.test_r11_draining_lets_sessions_end_and_nobody_in),
     Mutant("R11", "patience has no end", patience(float("inf")),
-           E.test_r11_then_the_rest_is_ended_and_thread_calls_are_waited_for),
+           T.test_r11_then_the_rest_is_ended_and_thread_calls_are_waited_for),
     Mutant("R11", "the rest is not ended", around(Runner, "end", spares_the_rest),
-           E.test_r11_then_the_rest_is_ended_and_thread_calls_are_waited_for),
+           T.test_r11_then_the_rest_is_ended_and_thread_calls_are_waited_for),
     Mutant("R11", "calls are not waited for", instead(Runner, "_emptied", no_wait),
-           E.test_r11_then_the_rest_is_ended_and_thread_calls_are_waited_for),
+           T.test_r11_then_the_rest_is_ended_and_thread_calls_are_waited_for),
     Mutant("R12", "the watchdog sleeps", instead(Runner, "_stalls_at", lambda self, session: float("inf")),
-           E.test_r12_a_session_without_progress_is_failed_in_time),
+           T.test_r12_a_session_without_progress_is_failed_in_time),
     Mutant("R12", "the reader's time counts", around(Runner, "_stalls_at", counts_the_readers_time),
-           E.test_r12_the_time_a_reader_stays_away_does_not_count),
-    Mutant("R12", "deadlines pass", around(Runner, "admit", ignores_deadlines), E.test_r12_deadlines_come_in_time),
+           T.test_r12_the_time_a_reader_stays_away_does_not_count),
+    Mutant("R12", "deadlines pass", around(Runner, "admit", ignores_deadlines), T.test_r12_deadlines_come_in_time),
     Mutant("R12", "hung calls go unnoticed", instead(VirtualWorker, "oldest_call", lambda self: float("inf")),
-           partial(E.test_r12_a_hung_call_is_the_death_of_the_engine, "model", True)),
+           partial(T.test_r12_a_hung_call_is_the_death_of_the_engine, "model", True)),
     Mutant("R12", "hung calls are waited for", instead(VirtualWorker, "abandon", nothing),
-           partial(E.test_r12_draining_waits_for_a_hung_call_until_the_deadline_only, "model")),
+           partial(T.test_r12_draining_waits_for_a_hung_call_until_the_deadline_only, "model")),
     Mutant("promise 1", "drafts are committed unverified", around(Session, "_commit", commits_unverified), schedules),
     Mutant("promise 1", "an end in a draft is final", around(Session, "decoded", ends_with_a_draft), schedules),
     Mutant("promise 1", "every guess is right", instead(BoundInContext, "agree", lambda *arguments: True), schedules),

@@ -1,7 +1,7 @@
 """The rules of the cycle, R1 to R7: at least one test for each, which fails when the rule is broken.
 
 `mutants.py` breaks them, `test_mutants.py` sees that every break is caught. So each test here is a plain function that
-runs on loops of its own. R8 to R12 are in `test_rules_of_ends.py`.
+runs on loops of its own. R8 to R12 are in `test_rules_of_*.py`.
 """
 
 import inspect

@@ -1,0 +1,260 @@
+"""Rule R10 of the cycle: who a fault hits, and what a death is. See `test_rules.py`."""
+
+import asyncio
+from contextlib import nullcontext
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+from clocks import run
+from fakes import VOCABULARY, FakeModel, FakeRetriever, Workers, fixed
+from faults import STAGES, Bad, deadly
+from oracle import sequential
+from scenes import PROMPT, TOKENS, Lingers, exact, opened, until
+
+from ralmspec.pipeline import (
+    EngineDead,
+    ModelFailed,
+    Ranking,
+    RetrieverFailed,
+    Sequential,
+    Synchronous,
+)
+from ralmspec.stages.model import Frontier
+from ralmspec.stages.verify import Verify
+
+# R10 Fault scope -------------------------------------------------------------------------------------------------
+
+UNLUCKY = "9 9 9"
+
+
+class Choosy(FakeRetriever):
+    """Cannot score the question of one session."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(documents=1)
+        self.where = where
+
+    def score(self, query: Any, rows: Any) -> Any:
+        if self.where == "score" and query.text.startswith(f"{UNLUCKY} ") and isinstance(rows, np.ndarray):
+            raise ValueError("score")
+        return super().score(query, rows)
+
+    def _rank(self, query: Any, k: int) -> Ranking:
+        return Ranking(np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.float32))
+
+
+class Moody(FakeModel):
+    """Continues several prefixes at once; one session it cannot ask for, not continue, or not write down."""
+
+    max_batch = 8
+
+    def __init__(self, where: str) -> None:
+        super().__init__(ends=False)
+        self.where = where
+        self.unwritable: list[int] = []
+        self.together = 0
+
+    def decode(self, tokens: Any) -> str:
+        text = super().decode(tokens)
+        if self.where == "query" and text.startswith(UNLUCKY) and len(tokens) == 7:
+            raise ValueError("query")
+        if self.where.startswith("text") and list(tokens) == self.unwritable:
+            raise ValueError("text")
+        return text
+
+    def forward(self, prefixes: Any) -> list[Frontier]:
+        frontiers = super().forward(prefixes)
+        for place, prefix in enumerate(prefixes):
+            if bytes([9, 9, 9]) in bytes(prefix.tokens.tolist()):
+                self.together += len(prefixes) > 1
+                if self.where == "logits" and len(prefix.tokens) > 10:
+                    frontiers[place] = Frontier(np.full(VOCABULARY, np.nan))
+        return frontiers
+
+
+@pytest.mark.parametrize("where", ["query", "score", "logits", "text when decoded", "text when judged"])
+def test_r10_one_sessions_fault_is_its_own(where: str) -> None:
+    """Sessions that are together in every batch, one of which cannot be served: the others must not notice."""
+    run(one_unlucky, where)
+
+
+async def one_unlucky(where: str) -> None:
+    model, retriever = Moody(where), Choosy(where)
+    truth = sequential(model, retriever, [9, 9, 9], max_new_tokens=4, retrieval_stride=2)[0]
+    model.unwritable = truth if where.startswith("text") else []
+    pipeline = opened(
+        model=model,
+        retriever=retriever,
+        speculation=Sequential() if where == "text when decoded" else Synchronous(speculation_stride=3),
+        worker=fixed(model=0.1, index=0.1, encoder=0.1),
+    )
+    async with pipeline, anyio.create_task_group() as callers:
+        async with pipeline.session(PROMPT):  # keeps the encoder busy until all the others wait for it
+            await anyio.sleep(0.05)
+            for prompt in ("3 1 4", "2 7 1 8"):
+                callers.start_soon(exact, pipeline, prompt)
+            await anyio.sleep(0.01)
+        with pytest.raises((ValueError, ModelFailed, RetrieverFailed), match=where.split()[0]):
+            await pipeline.complete(UNLUCKY, max_new_tokens=TOKENS)
+    assert model.together, "they were in no batch together"
+
+
+@pytest.mark.parametrize("stage", ["encoder", "model", "index", "prefetch"])
+def test_r10_a_batchs_fault_is_its_members(stage: str) -> None:
+    """Two sessions are in the call that fails; one that comes later, and the engine, do not notice."""
+    run(one_bad_call, stage)
+
+
+async def one_bad_call(stage: str) -> None:
+    workers = Workers(model=0.1, index=0.1, encoder=0.1, prefetch=0.1)
+    model = FakeModel(ends=False)
+    model.max_batch = 8
+    failed = 0
+
+    def fault(name: str) -> None:
+        workers[stage].fault = lambda name: None
+        raise (ModelFailed if name == "model" else RetrieverFailed)("once")
+
+    async def fail() -> None:
+        nonlocal failed
+        with pytest.raises((ModelFailed, RetrieverFailed), match="once"):
+            await exact(pipeline)
+        failed += 1
+
+    pipeline = opened(model=model, worker=workers)
+    async with pipeline:
+        workers[stage].fault = fault
+        async with anyio.create_task_group() as callers:
+            callers.start_soon(fail)
+            await until(lambda: failed)
+        async with anyio.create_task_group() as callers:
+            callers.start_soon(exact, pipeline)
+            callers.start_soon(exact, pipeline, "2 7 1 8")
+        assert pipeline.ready
+
+
+@pytest.mark.parametrize("dying", ["Lookup", "Generate", "Verify", "Prefetch", "output"])
+@pytest.mark.parametrize("empty_handed", [False, True], ids=["with turns", "without"])
+def test_r10_a_dead_stage_fails_all(dying: str, empty_handed: bool) -> None:
+    """Every reader is told, nobody is let in, leaving says why; whether turns died with the stage or not."""
+    stage = next((stage for stage in STAGES if stage.__name__ == dying), None)
+    with deadly(stage, 4, empty_handed) if stage else nullcontext():
+        run(one_death, [] if stage else [Mortal()])
+
+
+async def one_death(output: list[Any]) -> None:
+    told = 0
+
+    async def fail(prompt: str) -> None:
+        nonlocal told
+        with pytest.raises(EngineDead, match="deadly"):
+            await pipeline.complete(prompt, max_new_tokens=400)
+        told += 1
+
+    pipeline = opened(output=output)
+    with pytest.raises(EngineDead, match="deadly") as death:
+        async with pipeline:
+            async with anyio.create_task_group() as callers:
+                for prompt in ("3 1 4", "2 7 1 8", "5 3 5"):
+                    callers.start_soon(fail, prompt)
+            assert told == 3 and not pipeline.ready
+            assert anyio.current_time() < 5
+            with pytest.raises(EngineDead):
+                await pipeline.complete(PROMPT)
+    assert isinstance(death.value.__cause__, Bad)
+    assert not pipeline.live_sessions
+
+
+def test_r10_readers_are_told_of_a_death_at_once() -> None:
+    """Also the one whose pass is running and takes a minute; only leaving waits for that."""
+
+    async def scenario() -> None:
+        told: list[float] = []
+
+        async def fail(prompt: str) -> None:
+            with pytest.raises(EngineDead, match="deadly"):
+                await pipeline.complete(prompt)
+            told.append(anyio.current_time())
+
+        pipeline = opened(worker=fixed(model=60.0, index=0.25))
+        with pytest.raises(EngineDead, match="deadly"):
+            async with pipeline, anyio.create_task_group() as callers:
+                callers.start_soon(fail, PROMPT)
+                await anyio.sleep(1)
+                callers.start_soon(fail, "2 7")
+        assert len(told) == 2 and max(told) < 2
+        assert anyio.current_time() == pytest.approx(60.25)
+
+    with deadly(Verify, 4, False):
+        run(scenario)
+
+
+class Panic(BaseException):
+    """Not an `Exception`: what a crash in a native library may raise."""
+
+
+@pytest.mark.parametrize("where", ["encoder", "model", "index", "prefetch"])
+def test_r10_a_panic_is_a_death(where: str) -> None:
+    run(one_panic, where)
+
+
+async def one_panic(where: str) -> None:
+    workers = Workers(model=0.1, index=0.25, encoder=0.02, prefetch=0.01)
+    ends: list[tuple[BaseException, float]] = []
+
+    def panic(name: str) -> None:
+        raise Panic("deadly")
+
+    async def ask(prompt: str) -> None:
+        try:
+            await pipeline.complete(prompt, max_new_tokens=400)
+        except Exception as error:
+            ends.append((error, anyio.current_time()))
+
+    pipeline = opened(worker=workers)
+    with pytest.raises((EngineDead, BaseExceptionGroup), match="deadly|unhandled"):
+        async with pipeline:
+            readers = [asyncio.create_task(ask(prompt)) for prompt in ("3 1 4", "2 7 1 8", "5 3 5")]
+            await anyio.sleep(1)
+            workers[where].fault = panic
+            await anyio.sleep(5)
+    await asyncio.wait(readers)
+    assert anyio.current_time() < 7, "leaving waits for calls that cannot come home"
+    assert [type(error) for error, _ in ends] == [EngineDead] * 3 and max(at for _, at in ends) < 2
+    assert not pipeline.live_sessions
+
+
+class Mortal(Lingers):
+    """An output stage that raises after a second."""
+
+    async def run(self, inbox: Any, outbox: Any) -> None:
+        with anyio.move_on_after(1):
+            await super().run(inbox, outbox)
+        raise Bad("deadly")
+
+
+class Rude(RetrieverFailed):
+    """An error that cannot be made again from its arguments; a user's retriever may raise such a one."""
+
+    def __init__(self, what: str, *, code: int) -> None:
+        super().__init__(f"{what} ({code})")
+
+
+def test_r10_whatever_a_call_raises_is_no_death() -> None:
+    async def scenario() -> None:
+        workers = Workers(model=0.1, index=0.1)
+        async with opened(worker=workers) as pipeline:
+            for error in (Rude("rude", code=3), KeyError("rude"), ExceptionGroup("rude", [ValueError()])):
+
+                def fault(name: str, error: Exception = error) -> None:
+                    raise error
+
+                workers["index"].fault = fault
+                with pytest.raises(type(error), match="rude"):
+                    await pipeline.complete(PROMPT)
+                workers["index"].fault = lambda name: None
+                await exact(pipeline)
+
+    run(scenario)
