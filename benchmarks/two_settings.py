@@ -12,17 +12,17 @@ Writes a JSON file a setting (the contract of `ralmspec compare --json`) and one
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import anyio
 import typer
 from rich.console import Console
 
 from ralmspec.pipeline import InContext, Sampling, published
-from ralmspec.pipeline.compare import BASELINE, Runs, rows, run, step_and_search
+from ralmspec.pipeline.compare import Runs, report, run
 from ralmspec.pipeline.engine import Engine, EngineOptions, choose_questions, open_engine
 from ralmspec.pipeline.overlap import overlap_efficiency
-from ralmspec.pipeline.reports import Comparison, environment
+from ralmspec.pipeline.reports import Comparison
 from ralmspec.pipeline.tables import comparison_table
 from ralmspec.retrievers.latency import SetLatency
 
@@ -38,19 +38,7 @@ def measure(engine: Engine, questions: int, sets: str, tokens: int, overlap: dic
         lambda: run(engine, chosen, runs, workload=InContext(), max_new_tokens=tokens, sampling=Sampling()),
         backend_options={"use_uvloop": True},
     )
-    a, b = step_and_search([answer.statistics for answer in runs.answers[BASELINE]])
-    facts: dict[str, Any] = engine.options.facts() | {
-        "questions": len(chosen),
-        "sets": sets,
-        "max_new_tokens": tokens,
-        "retriever": engine.description,
-        "simulated_latency_s": engine.options.retriever_latency or None,
-        "a_s": float(a.mean()),
-        "b_s": float(b.mean()),
-        "b_over_a": float(b.mean() / a.mean()),
-        "overlap": overlap,
-    }
-    return Comparison(environment=environment(**facts), rows=rows(runs, engine.description))
+    return report(runs, engine, sets=sets, max_new_tokens=tokens, overlap=overlap)
 
 
 def with_latency(engine: Engine, seconds: float) -> Engine:
@@ -60,21 +48,22 @@ def with_latency(engine: Engine, seconds: float) -> Engine:
     return replace(engine, options=options, retriever=delayed, description=delayed.description)
 
 
-def markdown(name: str, report: Comparison) -> str:
+def markdown(name: str, made: Comparison) -> str:
     """A table as Markdown, with what it was measured on."""
-    facts = report.environment
+    facts = made.environment
     lines = [
         f"## {name}",
         "",
         f"{facts['date']}, {facts['machine']}, {facts['retriever']}. {facts['questions']} questions ({facts['sets']}), "
-        f"{facts['max_new_tokens']} tokens each, {facts['dtype']}. a = {facts['a_s'] * 1e3:.0f} ms, "
+        f"{facts['max_new_tokens']} tokens each, model {Path(facts['model']).name} in {facts['dtype']}, load average "
+        f"{facts['load_average']:.1f}. a = {facts['a_s'] * 1e3:.0f} ms, "
         f"b = {facts['b_s'] * 1e3:.0f} ms, b/a = {facts['b_over_a']:.2f}. Two threads' work overlaps by "
         f"{facts['overlap']['efficiency']:.2f} (1: fully, 0 or less: not at all).",
         "",
         "| arrangement | latency s | speed-up | 95 % | γ | rollbacks | searches | F_ideal | F_miss | identical |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in report.rows:
+    for row in made.rows:
         gamma = "" if row.gamma is None else f"{row.gamma:.2f}"
         same = f"{row.identical}/{row.outputs}" + (f" (+{row.explained} near-ties)" if row.explained else "")
         lines.append(
@@ -105,11 +94,11 @@ def main(
     reports: dict[str, Comparison] = {}
 
     def take(name: str, one: Engine) -> None:
-        reports[name] = report = measure(one, questions, sets, max_new_tokens, overlap)
-        console.print(comparison_table(report.rows, report.environment))
+        reports[name] = made = measure(one, questions, sets, max_new_tokens, overlap)
+        console.print(comparison_table(made))
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            (out / f"{name}.json").write_text(report.model_dump_json(indent=2) + "\n")
+            (out / f"{name}.json").write_text(made.model_dump_json(indent=2) + "\n")
 
     if "own" in only:
         first = measure(engine, 1, sets, max_new_tokens, overlap)  # for a alone
@@ -122,7 +111,7 @@ def main(
             padded = open_engine(replace(options, pad_to=pad_to))
             take(f"shared_cores_{pad_to}", replace(padded, options=replace(options, pad_to=pad_to)))
     if out is not None:
-        text = "\n".join(markdown(name, report) for name, report in reports.items())
+        text = "\n".join(markdown(name, made) for name, made in reports.items())
         (out / f"two_settings_{'_'.join(only.split(','))}.md").write_text(text)
 
 

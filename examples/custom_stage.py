@@ -44,11 +44,7 @@ class Citations:
 
     async def run(self, inbox: Inbox[Event], outbox: Outbox[Event]) -> None:
         """Pass on what `cite` makes of each event, until the inbox ends."""
-        while True:
-            try:
-                event = await inbox.receive()
-            except anyio.EndOfStream:
-                return
+        async for event in inbox:
             for cited in self.cite(event):
                 await outbox.send(cited)
 

@@ -74,7 +74,7 @@ from .errors import EngineDead as EngineDead
 from .errors import NotServing as NotServing
 from .errors import Overloaded as Overloaded
 from .errors import Stalled as Stalled
+from .limits import Limits as Limits
 from .pipeline import Pipeline as Pipeline
-from .runner import Limits as Limits
 from .stream import Answer as Answer
 from .stream import SessionStream as SessionStream

@@ -22,7 +22,6 @@ from .options import (
     with_engine,
 )
 from .overlap import overlap_efficiency
-from .reports import Comparison, environment
 from .tables import comparison_table
 from .terminal import err, load, out, question_sets, run
 
@@ -90,21 +89,9 @@ def compare_command(
 def _report(
     runs: compare.Runs, engine: Engine, facts: dict[str, Any], sets: str, json: Path | None, trace: Path | None
 ) -> None:
-    rows = compare.rows(runs, engine.description)
-    baseline = [answer.statistics for answer in runs.answers[compare.BASELINE][: runs.complete]]
-    a, b = compare.step_and_search(baseline)
-    facts |= engine.options.facts() | {
-        "questions": runs.complete,
-        "sets": sets,
-        "retriever": engine.description,
-        "simulated_latency_s": engine.options.retriever_latency or None,
-        "a_s": float(a.mean()),
-        "b_s": float(b.mean()),
-        "b_over_a": float(b.mean() / a.mean()),
-    }
-    out.print(comparison_table(rows, facts))
+    report = compare.report(runs, engine, sets=sets, **facts)
+    out.print(comparison_table(report))
     if json:
-        report = Comparison(environment=environment(**facts), rows=rows)
         json.write_text(report.model_dump_json(indent=2) + "\n")
     if trace:
         chrome_trace.write(trace, {name: answers[0].timeline for name, answers in runs.answers.items()})

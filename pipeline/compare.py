@@ -7,6 +7,7 @@ that each expose one retrieval, and the last verification that nothing is left t
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from ralmspec.stages.statistics import Statistics
 from .audit import Difference, differ
 from .engine import Engine
 from .pipeline import Pipeline
-from .reports import Row
+from .reports import Comparison, Row, environment
 from .stream import Answer
 
 BASELINE = "RaLMSeq"
@@ -95,6 +96,21 @@ def rows(runs: Runs, retriever: str) -> list[Row]:
     n = runs.complete
     baseline = [answer.statistics for answer in runs.answers[BASELINE][:n]]
     return [row(name, baseline, runs.answers[name][:n], runs.differences[name][:n], retriever) for name in runs.answers]
+
+
+def report(runs: Runs, engine: Engine, **facts: Any) -> Comparison:
+    """The stable JSON contract: the table, and beside it all that it was measured on; `facts` are added to that."""
+    a, b = step_and_search([answer.statistics for answer in runs.answers[BASELINE][: runs.complete]])
+    measured = {
+        "questions": runs.complete,
+        "retriever": engine.description,
+        "simulated_latency_s": engine.options.retriever_latency or None,
+        "a_s": float(a.mean()),
+        "b_s": float(b.mean()),
+        "b_over_a": float(b.mean() / a.mean()),
+    }
+    facts = engine.options.facts() | facts | measured
+    return Comparison(environment=environment(**facts), rows=rows(runs, engine.description))
 
 
 def row(

@@ -19,7 +19,8 @@ from ralmspec.stages.workload import Workload
 
 from .arrangements import Asynchronous
 from .errors import NotServing
-from .runner import Limits, Runner
+from .limits import Limits
+from .runner import Runner
 from .stream import Answer, SessionStream
 from .threads import ThreadWorker
 

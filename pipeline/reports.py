@@ -73,7 +73,7 @@ class Losslessness(BaseModel):
 
 
 def environment(**facts: Any) -> dict[str, Any]:
-    """Date, machine and versions, with the facts of a run."""
+    """Date, machine, its load over the last minute (this run included) and versions, with the facts of a run."""
     versions = {}
     for package in ("ralmspec", "anyio", "faiss-cpu", "numpy", "sentence-transformers", "torch", "transformers"):
         try:
@@ -85,6 +85,7 @@ def environment(**facts: Any) -> dict[str, Any]:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "load_average": round(os.getloadavg()[0], 2),
         "versions": versions,
         **facts,
     }

@@ -1,14 +1,13 @@
-"""Runs the stages: queues, the only task group, admission, deadlines, the watchdog, death, and draining."""
+"""Runs the stages: queues, the only task group, admission, death, and draining."""
 
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from itertools import count
-from typing import Any, Self
+from typing import Any
 
 import anyio
 from anyio import create_memory_object_stream
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from anyio.streams.memory import MemoryObjectSendStream
 
 from ralmspec.retrievers.base import Retriever
 from ralmspec.retrievers.cache import SessionCache
@@ -21,41 +20,16 @@ from ralmspec.stages.model import LanguageModel
 from ralmspec.stages.prefetch import Prefetch
 from ralmspec.stages.request import Request, Status
 from ralmspec.stages.session import Session
-from ralmspec.stages.stage import Inbox, Outbox, Stage, Worker, take
-from ralmspec.stages.switch import Sink, Switch
+from ralmspec.stages.sink import Sink
+from ralmspec.stages.stage import Stage, Worker
+from ralmspec.stages.switch import Switch
 from ralmspec.stages.verify import Verify
 from ralmspec.stages.workload import BoundWorkload
 
-from .errors import DeadlineExceeded, EngineDead, NotServing, Overloaded, Stalled
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Bounds of a pipeline. Times in seconds."""
-
-    sessions: int = 512
-    """Sessions live at once; one more is refused with `Overloaded`."""
-    cached_documents: int = 4096
-    """Documents a session's cache holds (LRU beyond)."""
-    unread_events: int = 64
-    """Events a caller may leave unread before its session pauses."""
-    stall_s: float = 120.0
-    """A session that could act and makes no progress for so long is failed with `Stalled`."""
-    call_s: float = 300.0
-    """A call into model, encoder or index that takes longer counts as hung: `EngineDead`."""
-    drain_s: float = 30.0
-    """How long leaving the pipeline lets live sessions go on."""
-
-    def __post_init__(self) -> None:
-        for name in ("sessions", "cached_documents", "unread_events"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Limits({name}={getattr(self, name)}): must be at least 1")
-        for name in ("stall_s", "call_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Limits({name}={getattr(self, name)}): must be above 0")
-        if not self.drain_s >= 0:
-            raise ValueError(f"Limits(drain_s={self.drain_s}): must not be below 0")
-
+from .errors import EngineDead, NotServing, Overloaded
+from .limits import Limits
+from .output_path import Delivery, PickUp
+from .watchdog import Watchdog
 
 _SESSION_IDS: Iterator[int] = count(1)
 """Never used again, also not by another pipeline that shares the model and its KV memory (R4)."""
@@ -162,6 +136,9 @@ class Runner:
         session.finish(status, error)
         self.switch.send_nowait(session)
 
+    def _fail(self, session: Session, error: BaseException) -> None:
+        self.end(session, Status.FAILED, error)
+
     def _released(self, session: Session) -> None:
         """A slot is free: the session ended and everything of it is home (R6)."""
         self._model.forget(session.id)
@@ -202,9 +179,9 @@ class Runner:
                     watch.cancel()
                     for source in self._sources:
                         source.close()
-                    for worker in self._workers.values():
+                    for worker in self._workers.values():  # nothing runs in them, unless the engine is dead
                         worker.abandon()
-                        worker.close(0.0)
+                        worker.close(0.0 if self.dead else 1.0)
         if failure is not None:
             raise failure
         if self.dead is not None:
@@ -242,8 +219,6 @@ class Runner:
             for worker in self._workers.values():
                 worker.abandon()
             await self._emptied()
-        for worker in self._workers.values():
-            worker.close(0.0 if self.dead else 1.0)  # nothing runs in them, unless the engine died of a hung call
 
     async def _emptied(self) -> None:
         while self.switch.live:
@@ -267,89 +242,8 @@ class Runner:
         self._change()
 
     async def _watch(self, scope: anyio.CancelScope) -> None:
-        """Deadlines, hung calls, and the watchdog (R12). Sleeps until the next instant at which something is late."""
+        watchdog = Watchdog(self.switch, self._workers.values(), self.limits, self._fail)
         with scope:
             while True:
-                now = anyio.current_time()
-                for worker in self._workers.values():
-                    if worker.oldest_call() + self.limits.call_s <= now:
-                        worker.abandon()  # its stage dies of it, and the engine with the stage
-                live = [session for session in self.switch.live.values() if not session.final]
-                for session in live:
-                    if session.request.deadline <= now:
-                        late = DeadlineExceeded("the session did not end before its deadline")
-                        self.end(session, Status.FAILED, late)
-                    elif self._stalls_at(session) <= now:
-                        stalled = Stalled(f"nothing happened for {self.limits.stall_s:g} s: {session}")
-                        self.end(session, Status.FAILED, stalled)
-                instants = [min(s.request.deadline, self._stalls_at(s)) for s in live if not s.final]
-                if self.switch.live:  # calls belong to sessions; one that begins later cannot be late earlier
-                    oldest = min(worker.oldest_call() for worker in self._workers.values())
-                    instants.append(min(oldest, now) + self.limits.call_s)
-                wake = max(min(instants, default=float("inf")), now + 1e-3)
-                with anyio.CancelScope(deadline=wake):
+                with anyio.CancelScope(deadline=watchdog.look()):
                     await self._changed.wait()
-
-    def _stalls_at(self, session: Session) -> float:
-        """When the session counts as stalled if nothing happens until then.
-
-        One that waits for its reader does not stall (that is its deadline's business), and one that waits for a stage
-        only if no stage gets on and no call is running (a call that hangs is the stage's death, after `call_s`).
-        """
-        if session.blocked_by_reader:
-            return anyio.current_time() + self.limits.stall_s
-        if session.home:
-            return session.progress + self.limits.stall_s
-        if any(worker.oldest_call() < float("inf") for worker in self._workers.values()):
-            return anyio.current_time() + self.limits.stall_s
-        return max(session.progress, self.switch.progress) + self.limits.stall_s
-
-
-class PickUp:
-    """The first inbox of the output path: tells the switch of every event that leaves its queue (R8)."""
-
-    def __init__(self, inbox: MemoryObjectReceiveStream[Event], switch: Switch) -> None:
-        self._inbox = inbox
-        self._switch = switch
-
-    async def receive(self) -> Event:
-        """The next event."""
-        event = await self._inbox.receive()
-        self._switch.picked_up(event)
-        return event
-
-    def receive_nowait(self) -> Event:
-        """The next event, or `anyio.WouldBlock`."""
-        event = self._inbox.receive_nowait()
-        self._switch.picked_up(event)
-        return event
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Event:
-        try:
-            return await self.receive()
-        except anyio.EndOfStream:
-            raise StopAsyncIteration from None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._inbox.close()
-
-
-class Delivery:
-    """Last stage of the output path: hands events to their readers, and wakes the session that ended."""
-
-    def __init__(self, switch: Switch) -> None:
-        self._switch = switch
-
-    async def run(self, inbox: Inbox[Event], outbox: Outbox[Session]) -> None:
-        """Serve until the inbox ends."""
-        while events := await take(inbox, 32):
-            for event in events:
-                self._switch.deliver(event)
-                if (session := self._switch.live.get(event.session)) is not None:
-                    outbox.send_nowait(session)

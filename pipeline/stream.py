@@ -9,8 +9,8 @@ from anyio.lowlevel import checkpoint
 
 from ralmspec.stages.messages import Committed, Done, Event
 from ralmspec.stages.request import Request, Status
+from ralmspec.stages.sink import Sink
 from ralmspec.stages.statistics import Statistics
-from ralmspec.stages.switch import Sink
 from ralmspec.stages.trace import Span
 
 from .errors import Cancelled

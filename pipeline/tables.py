@@ -1,14 +1,13 @@
 """Comparisons as tables for a terminal."""
 
-from typing import Any
-
 from rich.table import Table
 
-from .reports import Row
+from .reports import Comparison
 
 
-def comparison_table(rows: list[Row], facts: dict[str, Any]) -> Table:
-    """Rows of a comparison; `facts` is the environment that goes with them."""
+def comparison_table(report: Comparison) -> Table:
+    """The rows, and with them what they were measured on."""
+    facts = report.environment
     simulated = ", [yellow]retriever latency simulated[/yellow]" if facts["simulated_latency_s"] else ""
     table = Table(
         title=f"{facts['questions']} questions, {facts['max_new_tokens']} tokens each{simulated}",
@@ -30,7 +29,7 @@ def comparison_table(rows: list[Row], facts: dict[str, Any]) -> Table:
         "identical",
     ):
         table.add_column(column, justify="left" if column == "arrangement" else "right", no_wrap=True)
-    for row in rows:
+    for row in report.rows:
         explained = f" +{row.explained} near-ties" if row.explained else ""
         table.add_row(
             row.arrangement,

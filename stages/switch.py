@@ -5,7 +5,6 @@ has at most one turn in Lookup or Generate, one in Verify and one in Prefetch, s
 sessions cannot be full, and no send inside the cycle ever waits (R5 to R7).
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NoReturn
@@ -16,34 +15,9 @@ from .errors import InvariantBroken
 from .messages import Done, Event, Place, Turn
 from .request import Status
 from .session import Session
+from .sink import Sink
 from .stage import Outbox
 from .step import Move
-
-
-class Sink:
-    """Events that wait for one reader (R8). Bounded by the session, which begins no work while it is full."""
-
-    def __init__(self, session: Session, wake: Callable[[Session], None]) -> None:
-        self.events: deque[Event] = deque()
-        self.session = session
-        self._wake = wake
-        self._arrived = anyio.Event()
-
-    def put(self, event: Event) -> None:
-        """Leave an event for the reader."""
-        self.events.append(event)
-        self.session.unread += 1
-        self._arrived.set()
-
-    async def get(self) -> Event:
-        """The next event; taking it lets the session work again."""
-        while not self.events:
-            self._arrived = anyio.Event()
-            await self._arrived.wait()
-        event = self.events.popleft()
-        self.session.heard()
-        self._wake(self.session)
-        return event
 
 
 class Switch:

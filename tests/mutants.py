@@ -23,6 +23,7 @@ from fakes import VirtualWorker
 
 from ralmspec.pipeline import Limits, NotServing, SessionStream, runner
 from ralmspec.pipeline.runner import Runner
+from ralmspec.pipeline.watchdog import Watchdog
 from ralmspec.stages import cycle, switch
 from ralmspec.stages.generate import Generate
 from ralmspec.stages.in_context import BoundInContext
@@ -31,7 +32,8 @@ from ralmspec.stages.messages import Done, Place
 from ralmspec.stages.prefetch import Prefetch
 from ralmspec.stages.request import Status
 from ralmspec.stages.session import Session
-from ralmspec.stages.switch import Sink, Switch
+from ralmspec.stages.sink import Sink
+from ralmspec.stages.switch import Switch
 from ralmspec.stages.verify import Verify
 
 Patch = pytest.MonkeyPatch
@@ -288,7 +290,7 @@ def ignores_deadlines(admit: Any, self: Runner, request: Any) -> Any:
     return admit(self, replace(request, deadline=float("inf")))
 
 
-def counts_the_readers_time(stalls_at: Any, self: Runner, session: Session) -> float:
+def counts_the_readers_time(stalls_at: Any, self: Watchdog, session: Session) -> float:
     with Patch.context() as patch:
         patch.setattr(Session, "blocked_by_reader", property(lambda self: False))
         return float(stalls_at(self, session))
@@ -407,9 +409,9 @@ MUTANTS = [
            T.test_r11_then_the_rest_is_ended_and_thread_calls_are_waited_for),
     Mutant("R11", "calls are not waited for", instead(Runner, "_emptied", no_wait),
            T.test_r11_then_the_rest_is_ended_and_thread_calls_are_waited_for),
-    Mutant("R12", "the watchdog sleeps", instead(Runner, "_stalls_at", lambda self, session: float("inf")),
+    Mutant("R12", "the watchdog sleeps", instead(Watchdog, "_stalls_at", lambda self, session: float("inf")),
            T.test_r12_a_session_without_progress_is_failed_in_time),
-    Mutant("R12", "the reader's time counts", around(Runner, "_stalls_at", counts_the_readers_time),
+    Mutant("R12", "the reader's time counts", around(Watchdog, "_stalls_at", counts_the_readers_time),
            T.test_r12_the_time_a_reader_stays_away_does_not_count),
     Mutant("R12", "deadlines pass", around(Runner, "admit", ignores_deadlines), T.test_r12_deadlines_come_in_time),
     Mutant("R12", "hung calls go unnoticed", instead(VirtualWorker, "oldest_call", lambda self: float("inf")),

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import anyio
-from anyio import EndOfStream
 from fakes import FakeModel, FakeRetriever, fixed
 from oracle import sequential
 
@@ -85,11 +84,7 @@ class Lingers:
         self.events: list[Event] = []
 
     async def run(self, inbox: Inbox[Event], outbox: Outbox[Event]) -> None:
-        while True:
-            try:
-                event = await inbox.receive()
-            except EndOfStream:
-                return
+        async for event in inbox:
             self.events.append(event)
             await anyio.sleep(self.seconds)
             await outbox.send(event)

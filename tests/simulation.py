@@ -14,7 +14,6 @@ from typing import Any
 
 import anyio
 import pytest
-from anyio import EndOfStream
 from clients import RETRIEVERS, Client, Luck, World
 from clocks import run
 from fakes import VirtualWorker, draw
@@ -81,11 +80,7 @@ class Citing:
         self._left = dies_after
 
     async def run(self, inbox: Inbox[Event], outbox: Outbox[Event]) -> None:
-        while True:
-            try:
-                event = await inbox.receive()
-            except EndOfStream:
-                return
+        async for event in inbox:
             self._left -= 1
             if self._left < 0:
                 raise Bad("the user's stage")

@@ -1,0 +1,31 @@
+"""The bounds of a pipeline."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds of a pipeline. Times in seconds."""
+
+    sessions: int = 512
+    """Sessions live at once; one more is refused with `Overloaded`."""
+    cached_documents: int = 4096
+    """Documents a session's cache holds (LRU beyond)."""
+    unread_events: int = 64
+    """Events a caller may leave unread before its session pauses."""
+    stall_s: float = 120.0
+    """A session that could act and makes no progress for so long is failed with `Stalled`."""
+    call_s: float = 300.0
+    """A call into model, encoder or index that takes longer counts as hung: `EngineDead`."""
+    drain_s: float = 30.0
+    """How long leaving the pipeline lets live sessions go on."""
+
+    def __post_init__(self) -> None:
+        for name in ("sessions", "cached_documents", "unread_events"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Limits({name}={getattr(self, name)}): must be at least 1")
+        for name in ("stall_s", "call_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Limits({name}={getattr(self, name)}): must be above 0")
+        if not self.drain_s >= 0:
+            raise ValueError(f"Limits(drain_s={self.drain_s}): must not be below 0")

@@ -1,0 +1,35 @@
+"""Where a session's events wait for its caller."""
+
+from collections import deque
+from collections.abc import Callable
+
+import anyio
+
+from .messages import Event
+from .session import Session
+
+
+class Sink:
+    """Events that wait for one reader (R8). Bounded by the session, which begins no work while it is full."""
+
+    def __init__(self, session: Session, wake: Callable[[Session], None]) -> None:
+        self.events: deque[Event] = deque()
+        self.session = session
+        self._wake = wake
+        self._arrived = anyio.Event()
+
+    def put(self, event: Event) -> None:
+        """Leave an event for the reader."""
+        self.events.append(event)
+        self.session.unread += 1
+        self._arrived.set()
+
+    async def get(self) -> Event:
+        """The next event; taking it lets the session work again."""
+        while not self.events:
+            self._arrived = anyio.Event()
+            await self._arrived.wait()
+        event = self.events.popleft()
+        self.session.heard()
+        self._wake(self.session)
+        return event
