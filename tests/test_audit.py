@@ -1,0 +1,97 @@
+"""The audit of a difference: what counts as the same output, and what may pass for rounding."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from fakes import FakeModel, FakeRetriever
+
+from ralmspec.pipeline import Answer, Committed, InContext, Sampling
+from ralmspec.pipeline.audit import TOLERANCE, Difference, differ
+from ralmspec.stages.messages import Source
+from ralmspec.stages.model import Frontier, Prefix
+from ralmspec.stages.statistics import Statistics
+
+STRIDE = 2
+
+
+class Scores(FakeModel):
+    """The same scores everywhere, the two best of them `gap` apart."""
+
+    def __init__(self, gap: float) -> None:
+        super().__init__()
+        self.gap = gap
+        self.prefixes: list[list[int]] = []
+
+    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier]:
+        self.prefixes += [prefix.tokens.tolist() for prefix in prefixes]
+        return [Frontier(np.array([0.0, 1.0 + self.gap, 1.0])) for _ in prefixes]
+
+
+def answer(tokens: Sequence[int], documents: Sequence[int]) -> Answer:
+    steps = [
+        Committed(session=1, text="", tokens=tuple(tokens[n * STRIDE :][:STRIDE]), step=n, document=Source(id, "", 0.0))
+        for n, id in enumerate(documents)
+    ]
+    return Answer(text="", tokens=tuple(tokens), steps=tuple(steps), statistics=Statistics())
+
+
+REFERENCE = answer([5, 6, 7, 8], [3, 4])
+
+
+def audit(other: Answer, *, gap: float = 1.0, dtype: str = "float32", model: Scores | None = None) -> Difference | None:
+    model = model or Scores(gap)
+    return differ(
+        REFERENCE,
+        other,
+        prompt="1 2",
+        model=model,
+        workload=InContext(retrieval_stride=STRIDE).bind(model, FakeRetriever()),
+        sampling=Sampling(),
+        dtype=dtype,
+    )
+
+
+def test_the_same_tokens_and_documents_are_the_same_output() -> None:
+    assert audit(answer([5, 6, 7, 8], [3, 4])) is None
+
+
+@pytest.mark.parametrize(("gap", "explained"), [(TOLERANCE["float32"] / 2, True), (TOLERANCE["float32"] * 2, False)])
+def test_only_a_near_tie_explains_another_token(gap: float, explained: bool) -> None:
+    found = audit(answer([5, 6, 7, 9], [3, 4]), gap=gap)
+    assert found is not None and (found.position, found.explained) == (3, explained)
+    assert found.gap == pytest.approx(gap)
+
+
+def test_in_float64_no_gap_explains_anything() -> None:
+    found = audit(answer([5, 6, 7, 9], [3, 4]), gap=1e-9, dtype="float64")
+    assert found is not None and not found.explained
+
+
+def test_the_gap_is_taken_under_the_prefix_of_the_reference() -> None:
+    model = Scores(1e-6)
+    audit(answer([5, 6, 7, 9], [3, 4]), model=model)
+    # Document 4 ("document 4", then "4 0 7"), the prompt, and what was generated before the difference.
+    assert model.prefixes == [[4, 4, 0, 7, 1, 2, 5, 6, 7]]
+    assert model.forgotten, "the audit keeps nothing in the model's memory"
+
+
+def test_another_document_is_never_explained_by_the_model() -> None:
+    found = audit(answer([5, 6, 7, 9], [3, 5]), gap=1e-9)
+    assert found == Difference(3, None, explained=False)
+
+
+def test_other_documents_count_although_the_tokens_agree() -> None:
+    found = audit(answer([5, 6, 7, 8], [3, 5]), gap=1e-9)
+    assert found is not None and not found.explained
+
+
+def test_a_document_that_differs_later_does_not_spoil_the_explanation() -> None:
+    found = audit(answer([5, 9, 7, 8], [3, 5]), gap=1e-9)
+    assert found is not None and (found.position, found.explained) == (1, True)
+
+
+@pytest.mark.parametrize("tokens", [[5, 6, 7], [5, 6, 7, 8, 9]])
+def test_an_output_of_another_length_is_never_explained(tokens: list[int]) -> None:
+    found = audit(answer(tokens, [3, 4]), gap=1.0)
+    assert found is not None and not found.explained
