@@ -12,11 +12,7 @@ from .engine import Engine
 
 
 def overlap_efficiency(engine: Engine, seconds: float = 0.5) -> dict[str, float]:
-    """Time decoding and searching, first one after the other, then in two threads at once.
-
-    `efficiency` = (alone_1 + alone_2 − together) / min(alone_1, alone_2): 1 means that the shorter work was free, 0 or
-    less that two threads were no faster than one. Blocking; about twelve times `seconds`.
-    """
+    """Decoding beside searching, on this engine; see `side_by_side`. Blocking; about twelve times `seconds`."""
     from ralmspec.stages.model import Prefix
 
     session = -7  # no served session has a negative number
@@ -30,20 +26,30 @@ def overlap_efficiency(engine: Engine, seconds: float = 0.5) -> dict[str, float]
     def search() -> None:
         engine.index.search([query], 1)
 
-    for work in (decode, search):  # warm up
+    try:
+        alone, efficiency = side_by_side(decode, search, seconds)
+    finally:
+        engine.model.forget(session)
+    return {"decode_alone_s": alone[0], "search_alone_s": alone[1], "efficiency": efficiency}
+
+
+def side_by_side(
+    one: Callable[[], None], other: Callable[[], None], seconds: float = 0.5
+) -> tuple[tuple[float, float], float]:
+    """Time two pieces of work, first one after the other, then in two threads at once: ((s, s) a call alone, efficiency).
+
+    Efficiency = (alone_1 + alone_2 − together) / min(alone_1, alone_2): 1 means that the shorter work was free, 0 or
+    less that two threads were no faster than one. Blocking; about twelve times `seconds`.
+    """
+    for work in (one, other):  # warm up
         work()
-    counts = [max(1, round(seconds / _once(work))) for work in (decode, search)]
-    works = [_repeat(decode, counts[0]), _repeat(search, counts[1])]
+    counts = [max(1, round(seconds / _once(work))) for work in (one, other)]
+    works = [_repeat(one, counts[0]), _repeat(other, counts[1])]
     alone, together = [float("inf"), float("inf")], float("inf")
     for _ in range(3):  # the best of three: other programs only ever add time
         alone = [min(best, _once(work)) for best, work in zip(alone, works, strict=True)]
-        together = min(together, _once(lambda: _side_by_side(works)))
-    engine.model.forget(session)
-    return {
-        "decode_alone_s": alone[0] / counts[0],
-        "search_alone_s": alone[1] / counts[1],
-        "efficiency": (sum(alone) - together) / min(alone),
-    }
+        together = min(together, _once(lambda: _both(works)))
+    return (alone[0] / counts[0], alone[1] / counts[1]), (sum(alone) - together) / min(alone)
 
 
 def _repeat(work: Callable[[], None], count: int) -> Callable[[], None]:
@@ -54,7 +60,7 @@ def _repeat(work: Callable[[], None], count: int) -> Callable[[], None]:
     return repeated
 
 
-def _side_by_side(works: list[Callable[[], None]]) -> None:
+def _both(works: list[Callable[[], None]]) -> None:
     threads = [threading.Thread(target=work) for work in works]
     for thread in threads:
         thread.start()

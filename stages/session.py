@@ -340,9 +340,6 @@ class Session:
         if self._complete and not self.steps:
             self.finish(Status.DONE)
 
-    def _send(self, event: Event) -> None:
-        self._emit(event)
-
     def span(self, stage: str, start: float, *, epoch: int, step: int | None = None, note: str = "") -> None:
         """Note a stretch of a stage's work in the timeline, if one is kept."""
         if self.trace is not None:

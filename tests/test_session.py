@@ -116,6 +116,14 @@ class Hand:
         assert self.session.move is None, "without a document there is nothing to decode"
         self.judge(self.launch(), document)
 
+    def play(self, *steps: tuple[int, ...], guesses: tuple[int, ...]) -> None:
+        """From the first retrieval on: these steps, the later ones under these guesses; the next query is formed."""
+        self.begin()
+        self.guesses(*guesses)
+        for tokens in steps:
+            self.decode(*tokens)
+            self.look()
+
     def committed(self) -> list[tuple[int, ...]]:
         return [event.tokens for event in self.events if isinstance(event, Committed)]
 
@@ -140,13 +148,7 @@ def test_a_step_commits_when_it_is_certain_and_complete() -> None:
 
 def test_drafts_wait_for_their_verdicts_and_commit_in_order() -> None:
     hand = Hand(Synchronous(speculation_stride=3))
-    hand.begin()
-    hand.guesses(5, 6, 7)
-    hand.decode(1, 2)
-    for tokens in ((3, 4), (5, 6)):
-        hand.look()
-        hand.decode(*tokens)
-    hand.look()
+    hand.play((1, 2), (3, 4), (5, 6), guesses=(5, 6, 7))
     assert hand.committed() == [(1, 2)]
     hand.judge(hand.launch(), 5, 6, 7)
     assert hand.committed() == [(1, 2), (3, 4), (5, 6)]
@@ -157,10 +159,7 @@ def test_drafts_wait_for_their_verdicts_and_commit_in_order() -> None:
 
 def test_a_right_verdict_may_come_before_the_tokens() -> None:
     hand = Hand(Asynchronous(speculation_stride=1))
-    hand.begin()
-    hand.guesses(5)
-    hand.decode(1, 2)
-    hand.look()
+    hand.play((1, 2), guesses=(5,))
     checks = hand.launch()
     hand.decode(3)
     hand.judge(checks, 5)
@@ -171,10 +170,7 @@ def test_a_right_verdict_may_come_before_the_tokens() -> None:
 
 def test_scores_of_the_search_replace_those_of_the_guess() -> None:
     hand = Hand(Synchronous(speculation_stride=1))
-    hand.begin()
-    hand.guesses(5)
-    hand.decode(1, 2)
-    hand.look()
+    hand.play((1, 2), guesses=(5,))
     hand.judge(hand.launch(), 5)
     hand.decode(3, 4)
     assert [event.document.score for event in hand.events if isinstance(event, Committed)] == [1.0, 1.0]
@@ -185,13 +181,7 @@ def test_scores_of_the_search_replace_those_of_the_guess() -> None:
 
 def test_a_rollback_in_the_middle_keeps_what_is_before_it() -> None:
     hand = Hand(Synchronous(speculation_stride=3), drafts=True)
-    hand.begin()
-    hand.guesses(5, 6, 7)
-    hand.decode(1, 2)
-    for tokens in ((3, 4), (5, 6)):
-        hand.look()
-        hand.decode(*tokens)
-    hand.look()
+    hand.play((1, 2), (3, 4), (5, 6), guesses=(5, 6, 7))
     hand.judge(hand.launch(), 5, 9, 7)  # the third step's document was 9; the fourth one's verdict is stale by then
     session = hand.session
     assert hand.committed() == [(1, 2), (3, 4)]
@@ -210,10 +200,7 @@ def test_a_rollback_in_the_middle_keeps_what_is_before_it() -> None:
 
 def test_a_stale_token_is_dropped() -> None:
     hand = Hand(Asynchronous(speculation_stride=1), drafts=True)
-    hand.begin()
-    hand.guesses(5)
-    hand.decode(1, 2)
-    hand.look()
+    hand.play((1, 2), guesses=(5,))
     checks = hand.launch()
     hand.decode(3)
     running = hand.session.next_pass()
@@ -229,10 +216,7 @@ def test_a_stale_token_is_dropped() -> None:
 
 def test_a_stale_look_up_is_dropped() -> None:
     hand = Hand(Asynchronous(speculation_stride=1))
-    hand.begin()
-    hand.guesses(5, 6)
-    hand.decode(1, 2)
-    hand.look()
+    hand.play((1, 2), guesses=(5, 6))
     checks = hand.launch()
     hand.decode(3, 4)
     query, epoch = hand.ask(), hand.session.epoch
@@ -244,12 +228,7 @@ def test_a_stale_look_up_is_dropped() -> None:
 
 def test_documents_after_a_wrong_guess_enter_the_cache_too() -> None:
     hand = Hand(Synchronous(speculation_stride=2, prefetch=1))
-    hand.begin()
-    hand.guesses(5, 5)
-    hand.decode(1, 2)
-    hand.look()
-    hand.decode(3, 4)
-    hand.look()
+    hand.play((1, 2), (3, 4), guesses=(5, 5))
     hand.judge(hand.launch(), 9, 11)
     assert all(document in hand.session.cache for document in (5, 9, 11))
 
@@ -259,10 +238,7 @@ def test_documents_after_a_wrong_guess_enter_the_cache_too() -> None:
 
 def test_an_end_of_sequence_in_a_draft_is_provisional() -> None:
     hand = Hand(Asynchronous(speculation_stride=1), model=FakeModel())
-    hand.begin()
-    hand.guesses(5, 5)
-    hand.decode(1, 2)
-    hand.look()
+    hand.play((1, 2), guesses=(5, 5))
     checks = hand.launch()
     hand.decode(END)
     assert not hand.session.final and hand.session.move is None, "no step after an end"
@@ -278,10 +254,7 @@ def test_an_end_of_sequence_in_a_draft_is_provisional() -> None:
 
 def test_a_confirmed_end_in_a_draft_is_the_end() -> None:
     hand = Hand(Asynchronous(speculation_stride=1), model=FakeModel())
-    hand.begin()
-    hand.guesses(5)
-    hand.decode(1, 2)
-    hand.look()
+    hand.play((1, 2), guesses=(5,))
     checks = hand.launch()
     hand.decode(END)
     hand.judge(checks, 5)
