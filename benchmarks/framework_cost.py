@@ -43,6 +43,7 @@ from ralmspec.pipeline import Document, Pipeline, Query, Ranking, Retriever, pub
 from ralmspec.pipeline.engine import EngineOptions, open_engine
 from ralmspec.pipeline.reports import environment
 from ralmspec.retrievers.base import Ids, Scores
+from ralmspec.retrievers.questions import QuestionFolder
 from ralmspec.retrievers.ranking import rank
 from ralmspec.stages.model import Frontier, LanguageModel, Prefix
 
@@ -122,6 +123,7 @@ class InstantRetriever:
     """One document for 16 numbers in a row that queries end with: of four steps of four tokens, one misses."""
 
     concurrency = 1
+    description = "instant"
 
     def __len__(self) -> int:
         return NUMBERS // 16
@@ -274,7 +276,9 @@ def main(
     engines = {"instant": Engine(InstantModel(), InstantRetriever(), ["a question that takes no time"] * 3)}
     if not fakes_only:
         demo = open_engine(EngineOptions(model=str(DEMO / "model"), data=DEMO))
-        engines["demo"] = Engine(demo.model, demo.index, [q.question for q in demo.corpus.questions("nq")[:questions]])
+        engines["demo"] = Engine(
+            demo.model, demo.index, [q.question for q in QuestionFolder(DEMO).read("nq")[:questions]]
+        )
     settings = [(engine, "RaLMSeq") for engine in engines] + [("instant", "RaLMSpec"), ("instant", "+PSA")]
     costs = []
     for loop in ["asyncio", "uvloop"] if importlib.util.find_spec("uvloop") else ["asyncio"]:

@@ -27,6 +27,7 @@ from rich.table import Table
 from ralmspec.pipeline import Committed, Pipeline
 from ralmspec.pipeline.engine import EngineOptions, open_engine
 from ralmspec.pipeline.reports import environment
+from ralmspec.retrievers.questions import QuestionFolder
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 NAP_S = 0.005
@@ -112,7 +113,7 @@ def main(
 ) -> None:
     """Measure event-loop lag under load."""
     engine = open_engine(EngineOptions(model=str(DEMO / "model"), data=DEMO))
-    questions = [question.question for question in engine.corpus.questions("nq")]
+    questions = [question.question for question in QuestionFolder(DEMO).read("nq")]
     lags = []
     for loop in ["asyncio", "uvloop"] if importlib.util.find_spec("uvloop") else ["asyncio"]:
         pipeline = Pipeline(model=engine.model, retriever=engine.retriever)

@@ -33,7 +33,7 @@ RATIOS = (1.0, 2.0, 6.0)
 def measure(engine: Engine, questions: int, sets: str, tokens: int, overlap: dict[str, float]) -> Comparison:
     """One table."""
     runs = Runs(published())
-    chosen = [question for _, question in choose_questions(engine.corpus, sets.split(","), questions)]
+    chosen = [question for _, question in choose_questions(engine.questions, sets.split(","), questions)]
     anyio.run(
         lambda: run(engine, chosen, runs, workload=InContext(), max_new_tokens=tokens, sampling=Sampling()),
         backend_options={"use_uvloop": True},
@@ -45,7 +45,7 @@ def with_latency(engine: Engine, seconds: float) -> Engine:
     """The same engine behind a set latency."""
     delayed = SetLatency(engine.index, seconds)
     options = replace(engine.options, retriever_latency=seconds)
-    return replace(engine, options=options, retriever=delayed, description=delayed.description)
+    return replace(engine, options=options, retriever=delayed)
 
 
 def markdown(name: str, made: Comparison) -> str:

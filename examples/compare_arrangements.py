@@ -22,6 +22,7 @@ from ralmspec.retrievers.dense import ExactDense
 from ralmspec.retrievers.encoder import SentenceEncoder
 from ralmspec.retrievers.latency import SetLatency
 from ralmspec.retrievers.passages import Passages
+from ralmspec.retrievers.questions import QuestionFolder
 from ralmspec.stages.transformers_model import TransformersModel
 
 DEMO = Path(__file__).parent / "demo"
@@ -34,7 +35,7 @@ async def compare(questions: int, max_new_tokens: int, latency: float) -> Table:
     index = ExactDense(Passages(corpus.passages), corpus.embeddings, SentenceEncoder("minilm"))
     retriever = SetLatency(index, latency)
     model = TransformersModel.load(DEMO / "model")
-    asked = corpus.questions("nq")[:questions]
+    asked = QuestionFolder(DEMO).read("nq")[:questions]
 
     answers: dict[str, list[Answer]] = {name: [] for name in NAMES}
     for question in (asked[0], *asked):  # the first one twice: it warms everything up

@@ -1,9 +1,12 @@
-"""The command line: `ralmspec ask`, `compare`, `verify-lossless`."""
+"""The command line: `ralmspec ask`, `compare`, `verify-lossless`, `index build`, `index info`,
+`bench retrieval`, `doctor`."""
 
 import typer
 
+from . import command_bench, command_index
 from .command_ask import ask
 from .command_compare import compare_command
+from .command_doctor import doctor
 from .command_verify import verify_command
 
 app = typer.Typer(
@@ -17,3 +20,6 @@ app = typer.Typer(
 app.command("ask")(ask)
 app.command("compare")(compare_command)
 app.command("verify-lossless")(verify_command)
+app.add_typer(command_index.app, name="index")
+app.add_typer(command_bench.app, name="bench")
+app.command("doctor")(doctor)

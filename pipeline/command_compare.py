@@ -60,7 +60,7 @@ def compare_command(
     async def main() -> None:
         engine = load(engine_options)
         opened.append(engine)
-        chosen = choose_questions(engine.corpus, question_sets(engine, sets), questions)
+        chosen = choose_questions(engine.questions, question_sets(engine, sets), questions)
         with err.status("measuring how far two threads overlap on these cores"):
             facts["overlap"] = overlap_efficiency(engine)
         with terminal.progress("comparing", len(chosen) * len(arrangements) + len(arrangements)) as tell:

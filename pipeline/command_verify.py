@@ -56,7 +56,7 @@ def verify_command(
     async def main() -> None:
         engine = load(engine_options)
         names = question_sets(engine, sets)
-        chosen = choose_questions(engine.corpus, names, questions)
+        chosen = choose_questions(engine.questions, names, questions)
         facts.update(engine_options.facts(), sets=names, retriever=engine.description, temperature=temperature)
         with terminal.progress("verifying", len(chosen) * (len(arrangements) + 1)) as tell:
             await lossless.verify(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ralmspec.retrievers.corpus import Question
+from ralmspec.retrievers.questions import Question
 from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.in_context import InContext
 from ralmspec.stages.sampling import Sampling

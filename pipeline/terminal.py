@@ -30,15 +30,22 @@ def load(options: EngineOptions) -> Engine:
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run on uvloop where it is installed; errors become a sentence and exit code 2, Ctrl-C becomes 130."""
+    """Run on uvloop where it is installed, and end as `ends_in_a_sentence` says."""
     try:
         import uvloop  # noqa: F401
 
         backend: dict[str, Any] = {"use_uvloop": True}
     except ImportError:
         backend = {}
-    try:
+    with ends_in_a_sentence():
         anyio.run(main, backend_options=backend)
+
+
+@contextlib.contextmanager
+def ends_in_a_sentence() -> Iterator[None]:
+    """Errors that ralmspec raises on purpose become a sentence and exit code 2, Ctrl-C becomes 130."""
+    try:
+        yield
     except (RalmspecError, ValueError) as error:
         err.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
@@ -83,4 +90,6 @@ def number(text: str, what: str) -> int:
 
 def question_sets(engine: Engine, typed: str) -> list[str]:
     """Question sets as typed."""
-    return engine.corpus.question_sets() if typed == "all" else [name.strip() for name in typed.split(",")]
+    if typed == "all" and engine.questions is not None:
+        return engine.questions.sets()
+    return [name.strip() for name in typed.split(",")]

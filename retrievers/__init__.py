@@ -1,9 +1,15 @@
 """The ground floor: knowledge bases, what they promise (`base`), and what can go wrong with them (`errors`).
 
-    passages, jsonl     texts, read when asked for          corpus    a folder of passages, embeddings and questions
-    encoder             text to vector                      cache     the documents a session has already met
-    dense               exact inner product over vectors    padded    the same, made as costly as a larger corpus
-    ranking             the one order of documents          latency   the same, answering in a set time
+    passages, jsonl     texts, read when asked for          corpus      passages and embeddings in a data folder
+    questions           question sets, for measuring        cache       the documents a session has already met
+    encoder, dpr        text to vector                      vectors     how vectors are stored and opened
+    ranking             the one order of documents          kernel      the one inner product
+    dense               exact search over vectors           padded      the same, made as costly as a larger corpus
+    hnsw, hnsw_build    approximate search in a graph       ivf         approximate search in lists
+    bm25, analyzer      sparse search, embedded             latency     any of them, answering in a set time
+    lucene, lucene_index, forward, jvm                      sparse search by Lucene, in Java
+    index               opens a retriever from a folder     manifest    what such a folder says of itself
+    index_build, index_parts                                make the folder
 
 Nothing is imported here: each module loads its heavy packages only where it uses them.
 """

@@ -56,6 +56,11 @@ class Retriever(Protocol):
     """
 
     @property
+    def description(self) -> str:
+        """What a report calls this retriever: its kind, its size, and how it is searched."""
+        ...
+
+    @property
     def concurrency(self) -> int:
         """How many searches may run at the same time."""
         ...

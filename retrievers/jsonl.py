@@ -29,6 +29,14 @@ class JsonLines:
         self._content = self._open()
         self._starts = self._line_starts()
 
+    @classmethod
+    def find(cls, folder: Path, stem: str) -> Path:
+        """The plain file if it is there (it is mapped, not unpacked), else the gzipped one; else `BadKnowledge`."""
+        for path in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz"):
+            if path.is_file():
+                return path
+        raise BadKnowledge(f"{folder}: found neither {stem}.jsonl nor {stem}.jsonl.gz")
+
     def _open(self) -> bytes | mmap.mmap:
         try:
             if self.path.suffix == ".gz":

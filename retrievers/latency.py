@@ -35,8 +35,7 @@ class SetLatency:
     @property
     def description(self) -> str:
         """What a report calls this retriever."""
-        inner = getattr(self._retriever, "description", type(self._retriever).__name__)
-        return f"{inner}; simulated latency {self.seconds:g} s a call, {self.concurrency} at once"
+        return f"{self._retriever.description}; simulated latency {self.seconds:g} s a call, {self.concurrency} at once"
 
     def __len__(self) -> int:
         return len(self._retriever)

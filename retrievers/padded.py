@@ -1,17 +1,17 @@
 """Exact dense retrieval made as costly as a larger corpus, without changing what it finds."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .base import Document, Query, Ranking
-from .dense import ExactDense, Vectors
+from .dense import ExactDense
 from .encoder import QueryEncoder
 from .errors import BadKnowledge
+from .kernel import Source
 from .passages import Passages
+from .vectors import Vectors
 
 _CHUNK = 8192  # distractors made at once
 
@@ -25,13 +25,14 @@ class PaddedDense(ExactDense):
     results would hold a distractor raises `BadKnowledge`, so whatever is returned is what the real corpus returns.
     On 100,004 Wikipedia passages padded to 1,000,000, the top 256 of each of 130 queries stayed real up to a norm of
     0.34; the default leaves room below that.
-    A report must say that the corpus is padded (`description` does). Distractors follow from `seed`.
+    A report must say that the corpus is padded (`description` does). Distractors follow from `seed`. Everything is
+    held in memory, in float32.
     """
 
     def __init__(
         self,
         passages: Passages | Sequence[Document],
-        embeddings: str | Path | NDArray[Any],
+        embeddings: Source,
         encoder: QueryEncoder,
         *,
         pad_to: int,
@@ -39,13 +40,14 @@ class PaddedDense(ExactDense):
         norm: float = 0.25,
         seed: int = 0,
         threads: int = 1,
-        blas_threshold: int = 2000,
+        blas_threshold: int | None = None,
     ) -> None:
         super().__init__(passages, embeddings, encoder, threads=threads, blas_threshold=blas_threshold)
         if pad_to < len(passages):
             raise ValueError(f"cannot pad {len(passages)} passages to {pad_to} vectors")
         self._norm = norm
-        self._hold(with_distractors(self._vectors, pad_to, noise=noise, norm=norm, seed=seed))
+        real = self._vectors.block(0, len(passages))
+        self._vectors = Vectors.open(with_distractors(real, pad_to, noise=noise, norm=norm, seed=seed))
 
     @property
     def description(self) -> str:
@@ -65,7 +67,9 @@ class PaddedDense(ExactDense):
         return rankings
 
 
-def with_distractors(vectors: Vectors, total: int, *, noise: float, norm: float, seed: int) -> Vectors:
+def with_distractors(
+    vectors: NDArray[np.float32], total: int, *, noise: float, norm: float, seed: int
+) -> NDArray[np.float32]:
     """float32 [total, d]: `vectors`, then distractors, made in chunks so that little more than the result is needed."""
     count, dimension = vectors.shape
     padded = np.empty((total, dimension), dtype=np.float32)

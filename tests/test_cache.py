@@ -23,6 +23,7 @@ class Numbers:
     """A retriever whose rows are scores."""
 
     concurrency = 1
+    description = "numbers"
 
     def __len__(self) -> int:
         return 1000

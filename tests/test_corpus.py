@@ -1,12 +1,10 @@
-"""Corpus: the naming convention of a data folder, and errors that say where it looked and for what."""
+"""Corpus: how a data folder names its files, and errors that say where it looked and for what."""
 
-import gzip
-import json
 from pathlib import Path
 
 import pytest
 
-from ralmspec.retrievers.corpus import Corpus, Question
+from ralmspec.retrievers.corpus import Corpus
 from ralmspec.retrievers.errors import BadKnowledge
 
 
@@ -15,9 +13,6 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "passages_wikipedia.jsonl.gz").write_bytes(b"")
     (tmp_path / "embeddings_wikipedia_minilm_f16.npy").write_bytes(b"")
     (tmp_path / "embeddings_other_minilm_f16.npy").write_bytes(b"")
-    record = {"id": 7, "question": "who?", "answers": ["a", "b"], "extra": 1}
-    (tmp_path / "questions_nq.jsonl.gz").write_bytes(gzip.compress(json.dumps(record).encode()))
-    (tmp_path / "questions_webquestions.jsonl").write_text('{"id": "w1", "question": "x", "answers": []}\n')
     return tmp_path
 
 
@@ -32,21 +27,12 @@ def test_prefers_the_plain_file(folder: Path) -> None:
     assert Corpus.find(folder).passages.name == "passages_wikipedia.jsonl"
 
 
-def test_reads_questions_packed_and_plain(folder: Path) -> None:
-    corpus = Corpus.find(folder)
-    assert corpus.question_sets() == ["nq", "webquestions"]
-    assert corpus.questions("nq") == [Question("7", "who?", ("a", "b"))]
-    assert corpus.questions("webquestions") == [Question("w1", "x", ())]
-
-
 def test_says_where_it_looked_and_for_what(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BadKnowledge, match=r"nowhere: there is no such folder.*passages_wikipedia\.jsonl"):
         Corpus.find(tmp_path / "nowhere")
     with pytest.raises(BadKnowledge) as error:
         Corpus.find(folder, "other")
     assert f"{folder}: found neither passages_other.jsonl nor passages_other.jsonl.gz" in str(error.value)
-    with pytest.raises(BadKnowledge, match=r"questions_tqa\.jsonl.*sets here: nq, webquestions"):
-        Corpus.find(folder).questions("tqa")
 
 
 def test_embeddings_must_be_there_and_be_the_only_ones(folder: Path) -> None:
@@ -57,14 +43,3 @@ def test_embeddings_must_be_there_and_be_the_only_ones(folder: Path) -> None:
         file.unlink()
     with pytest.raises(BadKnowledge, match="found none"):
         Corpus.find(folder)
-
-
-@pytest.mark.parametrize(
-    "line",
-    ['{"id": 1, "question": "x"}', '{"id": 1, "question": 2, "answers": []}', '{"question": "x", "answers": []}', "{"],
-)
-def test_a_bad_question_is_named_by_line(folder: Path, line: str) -> None:
-    path = folder / "questions_webquestions.jsonl"
-    path.write_text('{"id": "w1", "question": "x", "answers": []}\n' + line + "\n")
-    with pytest.raises(BadKnowledge, match=r"questions_webquestions\.jsonl, line 2"):
-        Corpus.find(folder).questions("webquestions")

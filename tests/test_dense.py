@@ -1,8 +1,10 @@
 """ExactDense: the true ranking, the same scores in every batch and outside the index, ties by id."""
 
+import gc
 import importlib.util
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ralmspec.retrievers import dense as module
 from ralmspec.retrievers.base import Document, Query, Ranking, Vector
 from ralmspec.retrievers.dense import ExactDense
 from ralmspec.retrievers.errors import BadKnowledge, MissingExtra, RetrieverFailed
+from ralmspec.retrievers.vectors import Kind, Memory, Vectors, narrow
 
 if importlib.util.find_spec("faiss") is None:
     pytest.skip("needs faiss (the extra 'local')", allow_module_level=True)
 
 NAN, INF = float("nan"), float("inf")
+KINDS: list[Kind] = ["float32", "float16", "bfloat16"]
+
+
+@pytest.fixture(autouse=True, scope="module", params=["in small pieces", "as it ships"])
+def pieces(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test twice: few vectors would fill one tile and one thread's part, so once both are made tiny."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "in small pieces":
+            patch.setattr(module, "_TILE", 2000)
+            patch.setattr(module, "_SLICE", 50)
+            patch.setattr(module, "_PENDING", 3)
+        yield
 
 
 class Words:
@@ -38,8 +54,17 @@ def documents(n: int) -> list[Document]:
     return [Document(i, f"title {i}", f"text {i}") for i in range(n)]
 
 
-def dense(vectors: NDArray[Any], *, blas_threshold: int = 1) -> ExactDense:
-    return ExactDense(documents(len(vectors)), vectors, Words(vectors.shape[1]), blas_threshold=blas_threshold)
+def dense(
+    vectors: NDArray[Any], *, blas_threshold: int | None = 1, memory: Memory = "float32", threads: int = 1
+) -> ExactDense:
+    return ExactDense(
+        documents(len(vectors)),
+        vectors,
+        Words(vectors.shape[1]),
+        blas_threshold=blas_threshold,
+        memory=memory,
+        threads=threads,
+    )
 
 
 def query(vector: NDArray[np.float32]) -> Query:
@@ -65,13 +90,17 @@ def by_one_kernel(retriever: ExactDense, vector: Vector, k: int) -> Ranking:
     k=st.integers(1, 420),
     batch=st.integers(1, 4),
     blas_threshold=st.sampled_from([1, 1 << 30]),
+    kind=st.sampled_from(KINDS),
+    threads=st.integers(1, 3),
 )
 @settings(deadline=None)
-def test_exact_ties_stand_by_id(seed: int, n: int, dimension: int, k: int, batch: int, blas_threshold: int) -> None:
+def test_exact_ties_stand_by_id(
+    seed: int, n: int, dimension: int, k: int, batch: int, blas_threshold: int, kind: Kind, threads: int
+) -> None:
     """Small integers: many duplicates and ties, and products that integer arithmetic knows exactly."""
     random = np.random.default_rng(seed)
     vectors, queries = random.integers(-2, 3, (n, dimension)), random.integers(-2, 3, (batch, dimension))
-    retriever = dense(vectors.astype(np.float32), blas_threshold=blas_threshold)
+    retriever = dense(narrow(vectors, kind), blas_threshold=blas_threshold, memory="map", threads=threads)
     rankings = retriever.search([query(q.astype(np.float32)) for q in queries], k)
     for ranking, products in zip(rankings, queries @ vectors.T, strict=True):
         expected = sorted(range(n), key=lambda id: (-products[id], id))[:k]
@@ -84,31 +113,55 @@ def test_exact_ties_stand_by_id(seed: int, n: int, dimension: int, k: int, batch
     spread=st.sampled_from([0.0, 1e-8, 1e-7, 1e-6, 1e-3, 1.0]),
     k=st.sampled_from([1, 4, 20, 64]),
     length=st.sampled_from([1e-30, 1.0, 1e10]),
+    kind=st.sampled_from(["float32", "bfloat16"]),
+    threads=st.integers(1, 3),
 )
 @settings(max_examples=40, deadline=None)
 def test_vectors_closer_than_float32_can_tell_still_rank_by_the_one_kernel(
-    seed: int, spread: float, k: int, length: float
+    seed: int, spread: float, k: int, length: float, kind: Kind, threads: int
 ) -> None:
     random = np.random.default_rng(seed)
     centre = random.standard_normal(96)
     vectors = (length * (centre + spread * random.standard_normal((700, 96)))).astype(np.float32)
     queries = random.standard_normal((5, 96), dtype=np.float32)
-    retriever = dense(vectors)
+    retriever = dense(narrow(vectors, kind), memory="map", threads=threads)
     for q, ranking in zip(queries, retriever.search([query(q) for q in queries], k), strict=True):
         assert same(ranking, by_one_kernel(retriever, q, k))
 
 
-@given(seed=st.integers(0, 2**32), batch=st.integers(1, 16), k=st.sampled_from([1, 4, 20, 256]))
+@given(
+    seed=st.integers(0, 2**32),
+    batch=st.integers(1, 16),
+    k=st.sampled_from([1, 4, 20, 256]),
+    kind=st.sampled_from(KINDS),
+    threads=st.integers(1, 3),
+)
 @settings(max_examples=40, deadline=None)
-def test_a_batch_changes_no_bit_of_any_ranking(seed: int, batch: int, k: int) -> None:
+def test_batch_k_threads_and_storage_change_no_bit_of_any_ranking(
+    seed: int, batch: int, k: int, kind: Kind, threads: int
+) -> None:
     random = np.random.default_rng(seed)
     vectors = random.standard_normal((1500, 384), dtype=np.float32)
     vectors[::7] = vectors[3]  # runs of duplicates among them
+    stored = narrow(vectors, kind)
     queries = [query(q) for q in random.standard_normal((batch, 384), dtype=np.float32)]
-    retriever = dense(vectors, blas_threshold=1000)
-    for alone, together in zip(queries, retriever.search(queries, k), strict=True):
-        assert same(retriever.search([alone], k)[0], together)
-        assert together.scores.tobytes() == retriever.score(alone, retriever.rows(together.ids)).tobytes()
+    plain = dense(stored, blas_threshold=1000)
+    mapped = dense(stored, blas_threshold=1000, memory="map", threads=threads)
+    for alone, together in zip(queries, mapped.search(queries, k), strict=True):
+        assert same(mapped.search([alone], k)[0], together)
+        assert same(plain.search([alone], 300)[0].top(k), together)
+        assert together.scores.tobytes() == mapped.score(alone, mapped.rows(together.ids)).tobytes()
+
+
+def test_a_score_does_not_depend_on_where_the_vectors_lie() -> None:
+    random = np.random.default_rng(4)
+    retriever = dense(random.standard_normal((300, 384), dtype=np.float32))
+    rows, probe = retriever.rows(np.arange(300)), query(random.standard_normal(384, dtype=np.float32))
+    expected = retriever.score(probe, rows).tobytes()
+    for offset in range(1, 17):
+        moved = np.empty(300 * 384 + 16, np.float32)[offset : offset + 300 * 384].reshape(300, 384)
+        moved[:] = rows
+        assert retriever.score(probe, moved).tobytes() == expected
 
 
 def test_scores_are_inner_products_to_float32() -> None:
@@ -121,14 +174,33 @@ def test_scores_are_inner_products_to_float32() -> None:
     assert ranking.scores == pytest.approx(true[ranking.ids], rel=1e-5)
 
 
-def test_a_search_reads_the_index_once_where_scores_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_search_reads_the_index_once_where_scores_are_apart(monkeypatch: pytest.MonkeyPatch, kind: Kind) -> None:
     """The full scan is for ties; were it taken always, exactness would cost a scan a query."""
     random = np.random.default_rng(1)
-    retriever = dense(random.standard_normal((5000, 384), dtype=np.float32))
+    retriever = dense(narrow(random.standard_normal((5000, 384)), kind), memory="map", threads=2)
     scans: list[int] = []
     monkeypatch.setattr(retriever, "_scan", lambda vector, k: scans.append(k))
     retriever.search([query(q) for q in random.standard_normal((16, 384), dtype=np.float32)], 20)
     assert scans == []
+
+
+def test_a_faiss_that_multiplied_in_less_than_float32_would_not_be_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(5)
+    vectors, q = random.standard_normal((5000, 64), dtype=np.float32), random.standard_normal(64, dtype=np.float32)
+    retriever = dense(vectors)
+    coarse = (vectors @ q + random.normal(scale=2.0, size=5000)).astype(np.float32)
+    true = by_one_kernel(retriever, q, 20)
+
+    def propose(queries: NDArray[np.float32], fetch: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        ids = np.argsort(-coarse)[:fetch]
+        scores = coarse[ids]
+        scores[10:] -= 40  # so that the smallest lies far below the k-th, which would prove that none was missed
+        assert not set(true.ids.tolist()) <= set(ids.tolist())
+        return scores[np.newaxis], ids[np.newaxis]
+
+    monkeypatch.setattr(retriever, "_propose", propose)
+    assert same(retriever.search([query(q)], 20)[0], true)
 
 
 def test_stored_float16_and_float32_and_files_and_arrays_serve_alike(tmp_path: Path) -> None:
@@ -142,6 +214,62 @@ def test_stored_float16_and_float32_and_files_and_arrays_serve_alike(tmp_path: P
         retriever = ExactDense(documents(9000), stored, Words(8))
         assert same(retriever.search([probe], 30)[0], expected)
     assert "9,000 x 8" in retriever.description
+
+
+def test_half_precision_at_its_limits_is_searched_exactly() -> None:
+    """Numbers below the normal range and the largest ones: decoded by faiss in the scan, by us for the scores."""
+    random = np.random.default_rng(6)
+    bits = random.integers(0, 1 << 16, (2000, 32)).astype(np.uint16)
+    bits[:1500] &= 0x83FF  # float16 without an exponent: all below the normal range
+    stored = np.where(np.isfinite(bits.view(np.float16)), bits.view(np.float16), np.float16(65504))
+    retriever, q = dense(stored, memory="map"), random.standard_normal(32, dtype=np.float32)
+    for k in (1, 400, 1990):
+        assert same(retriever.search([query(q)], k)[0], by_one_kernel(retriever, q, k))
+
+
+def test_mapped_vectors_are_served_where_they_lie_and_shared(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(2).standard_normal((3000, 8)).astype(np.float32)
+    np.save(tmp_path / "v.npy", vectors)
+    opened = Vectors.open(tmp_path / "v.npy")
+    one, other = (ExactDense(documents(3000), opened, Words(8)) for _ in range(2))
+    assert isinstance(one._vectors.stored.base, np.memmap)
+    assert one._vectors.stored is other._vectors.stored
+    probe = query(np.ones(8, np.float32))
+    assert same(one.search([probe], 30)[0], dense(vectors).search([probe], 30)[0])
+
+
+def test_threads_are_ours_have_one_openmp_thread_each_and_end_with_the_retriever() -> None:
+    import faiss
+
+    retriever = dense(np.random.default_rng(0).standard_normal((9000, 8), dtype=np.float32), threads=3)
+    before = set(threading.enumerate())
+    assert retriever._in_threads(lambda part: (part, faiss.omp_get_max_threads()), range(5)) == [
+        (part, 1) for part in range(5)
+    ]
+    retriever.search([query(np.ones(8, np.float32))], 5)
+    ours = set(threading.enumerate()) - before
+    assert 1 <= len(ours) <= 3
+    del retriever
+    gc.collect()
+    for thread in ours:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_an_error_in_a_thread_is_the_search_s_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    retriever = dense(np.ones((9000, 8), np.float32), threads=2)
+
+    def fails(*_: Any) -> None:
+        raise RetrieverFailed("from a thread")
+
+    monkeypatch.setattr(retriever, "_propose_from", fails)
+    with pytest.raises(RetrieverFailed, match="from a thread"):
+        retriever.search([query(np.ones(8, np.float32))], 5)
+
+
+def test_a_search_needs_a_thread() -> None:
+    with pytest.raises(ValueError, match="at least 1 thread, not 0"):
+        dense(np.ones((2, 2), np.float32), threads=0)
 
 
 def test_encodes_only_what_has_no_vector() -> None:

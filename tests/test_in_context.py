@@ -100,7 +100,7 @@ def test_guesses_agree_by_their_first_document() -> None:
 @pytest.mark.parametrize("name", ["retrieval_stride", "query_tokens", "max_prompt_tokens", "max_document_tokens"])
 def test_a_size_below_one_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=name):
-        InContext(**{name: 0})
+        InContext(**{name: 0})  # type: ignore[arg-type]
 
 
 @pytest.mark.anyio

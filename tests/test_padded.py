@@ -13,6 +13,7 @@ from ralmspec.retrievers.base import Document, Query
 from ralmspec.retrievers.dense import ExactDense
 from ralmspec.retrievers.errors import BadKnowledge
 from ralmspec.retrievers.padded import PaddedDense, with_distractors
+from ralmspec.retrievers.vectors import Kind, Vectors, narrow
 
 if importlib.util.find_spec("faiss") is None:
     pytest.skip("needs faiss (the extra 'local')", allow_module_level=True)
@@ -41,9 +42,19 @@ def test_results_are_those_of_the_real_corpus(vectors: NDArray[np.float32]) -> N
     assert wide.document(299).text == "299"
 
 
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_vectors_of_half_precision_can_be_padded(vectors: NDArray[np.float32], kind: Kind) -> None:
+    stored = Vectors.open(narrow(vectors, kind))
+    queries = [Query(text="q", vector=vector) for vector in vectors[::20]]
+    plain, wide = ExactDense(PASSAGES, stored, ENCODER), PaddedDense(PASSAGES, stored, ENCODER, pad_to=5000, threads=2)
+    for expected, found in zip(plain.search(queries, 5), wide.search(queries, 5), strict=True):
+        assert found.ids.tolist() == expected.ids.tolist()
+        assert found.scores.tobytes() == expected.scores.tobytes()
+
+
 def test_the_scan_covers_the_distractors_and_reports_say_so(vectors: NDArray[np.float32]) -> None:
     wide = PaddedDense(PASSAGES, vectors, ENCODER, pad_to=5000)
-    assert wide._vectors.shape == (5000, 32)
+    assert wide._vectors.stored.shape == (5000, 32)
     assert "5,000 x 32" in wide.description
     assert "4,700 are distractors" in wide.description
 

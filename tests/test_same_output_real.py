@@ -22,6 +22,7 @@ from ralmspec.retrievers.base import Document
 from ralmspec.retrievers.corpus import Corpus
 from ralmspec.retrievers.dense import ExactDense
 from ralmspec.retrievers.passages import Passages
+from ralmspec.retrievers.questions import QuestionFolder
 from ralmspec.stages.model import Frontier, Prefix
 from ralmspec.stages.transformers_model import TransformersModel
 
@@ -107,7 +108,7 @@ async def test_bundled_model_on_bundled_text() -> None:
     corpus = Corpus.find(DEMO)
     library = ExactDense(Passages(corpus.passages), corpus.embeddings, SentenceEncoder("minilm"))
     model, oracle = (kind.load(DEMO / "model", dtype="float64") for kind in (TransformersModel, Forgetful))
-    question = corpus.questions("nq")[5].question
+    question = QuestionFolder(DEMO).read("nq")[5].question
     expected = sequential(oracle, library, oracle.encode(question), max_new_tokens=26)
     for arrangement in ARRANGEMENTS:
         async with Pipeline(model=model, retriever=library, speculation=arrangement) as pipeline:

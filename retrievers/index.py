@@ -1,0 +1,99 @@
+"""Opens a retriever from an index folder that `ralmspec index build` has made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .base import Retriever
+from .encoder import NamedQueryEncoder, open_encoder
+from .errors import BadKnowledge
+from .index_parts import DENSE, KINDS, passages_of, vectors_of
+from .manifest import EncoderFacts, Manifest
+from .passages import Passages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions:
+    """How an index is searched; what does not belong to the kind in use is not looked at."""
+
+    threads: int = 1
+    ef_search: int = 256
+    """HNSW: candidates held during a search, and the most documents that one can bring."""
+    probes: int = 64
+    """IVF: lists that a search looks into."""
+    heap_mb: int = 512
+    """Lucene: memory of the Java machine."""
+    jvm_threads: int = 1
+    """Lucene: cores that the Java machine believes to have."""
+
+
+def open_index(
+    folder: str | Path,
+    kind: str,
+    options: SearchOptions | None = None,
+    *,
+    encoder: NamedQueryEncoder | None = None,
+    device: str = "cpu",
+) -> Retriever:
+    """The retriever of one kind ("exact", "hnsw", "ivf", "bm25" or "lucene"), with its files checked first.
+
+    The query encoder is the one that the manifest names unless one is given; either way it must be the one that made
+    the vectors. Raises `BadKnowledge` naming the file that is missing, altered or foreign, and `MissingExtra`.
+    Blocking: reads every file of the kind once.
+    """
+    folder, options = Path(folder), options or SearchOptions()
+    manifest = Manifest.read(folder)
+    if kind not in KINDS:
+        raise BadKnowledge(f"{folder}: no kind of index is called {kind!r}; there are {', '.join(KINDS)}")
+    needed = {"passages"} | ({"vectors"} if kind in DENSE else set()) | ({kind} - {"exact"})
+    if lacking := needed - manifest.parts.keys():
+        raise BadKnowledge(f"{folder}: was built without {', '.join(sorted(lacking))}, which {kind!r} needs")
+    manifest.check(folder, needed)
+    passages = passages_of(folder)
+    if len(passages) != manifest.passages:
+        raise BadKnowledge(f"{passages.path}: holds {len(passages)} passages, the manifest says {manifest.passages}")
+    match kind:
+        case "bm25":
+            from .bm25 import BM25
+
+            return BM25(passages, folder / "bm25")
+        case "lucene":
+            from .lucene import Lucene
+
+            heap, cores = options.heap_mb, options.jvm_threads
+            return Lucene(passages, folder / "lucene", threads=options.threads, heap_mb=heap, jvm_threads=cores)
+        case _:
+            if manifest.encoder is None:
+                raise BadKnowledge(f"{folder}: its manifest names no encoder for its vectors; build the index again")
+            encoder = encoder or open_encoder(manifest.encoder.name, device=device)
+            _same(encoder, manifest.encoder, folder)
+            return _dense(kind, folder, passages, encoder, options)
+
+
+def _dense(
+    kind: str, folder: Path, passages: Passages, encoder: NamedQueryEncoder, options: SearchOptions
+) -> Retriever:
+    vectors, threads = vectors_of(folder), options.threads
+    match kind:
+        case "hnsw":
+            from .hnsw import HNSWDense
+
+            graph = folder / "hnsw" / "graph.faiss"
+            return HNSWDense(passages, vectors, graph, encoder, ef_search=options.ef_search, threads=threads)
+        case "ivf":
+            from .ivf import IVFDense
+
+            lists = folder / "ivf" / "lists.faiss"
+            return IVFDense(passages, vectors, lists, encoder, probes=options.probes, threads=threads)
+        case _:
+            from .dense import ExactDense
+
+            return ExactDense(passages, vectors, encoder, threads=threads)
+
+
+def _same(encoder: NamedQueryEncoder, facts: EncoderFacts, folder: Path) -> None:
+    """Vectors of two encoders cannot be compared, even where they are equally long."""
+    if (encoder.dimension, encoder.fingerprint()) != (facts.dimension, facts.fingerprint):
+        raise BadKnowledge(
+            f"{folder}: its vectors were made by {facts.name!r} with other weights than {encoder.name!r} has; "
+            "use the one that made them"
+        )
