@@ -77,6 +77,7 @@ def _overlap() -> Iterator[Finding]:
     row = torch.randn(1, 384)
 
     def decode() -> None:
+        torch.get_num_threads()  # a new thread heeds torch's limit only from here on
         with torch.inference_mode():
             for weight in weights:
                 torch.tanh(row @ weight)

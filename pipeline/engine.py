@@ -8,6 +8,7 @@ from typing import Any
 from ralmspec.retrievers.base import Retriever
 from ralmspec.retrievers.errors import BadKnowledge
 from ralmspec.retrievers.questions import Question, QuestionFolder
+from ralmspec.retrievers.vectors import Memory
 from ralmspec.stages.model import LanguageModel
 
 from .thread_budget import ThreadBudget, cores
@@ -27,6 +28,7 @@ class EngineOptions:
     encoder: str = ""
     index: Path | None = None
     retriever: str = "exact"
+    memory: Memory = "map"
     ef_search: int = 256
     probes: int = 64
     dtype: str = "float32"
@@ -98,6 +100,7 @@ def _from_index(options: EngineOptions, folder: Path) -> Retriever:
         raise BadKnowledge("an index cannot be padded: use --pad-to with --data alone")
     search = SearchOptions(
         threads=options.threads.index,
+        memory=options.memory,
         ef_search=options.ef_search,
         probes=options.probes,
         jvm_threads=options.threads.jvm,

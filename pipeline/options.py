@@ -26,6 +26,9 @@ _ENGINE: dict[str, Any] = {
     ),
     "index": typer.Option(help="An index folder, made by `ralmspec index build`.", show_default=False),
     "retriever": typer.Option(help="How the index is searched: exact, hnsw, ivf, bm25 or lucene."),
+    "memory": typer.Option(
+        help="Vectors of an index: left in their file, copied to memory as they are, or copied as float32."
+    ),
     "ef_search": typer.Option(min=1, help="HNSW: candidates held during a search."),
     "probes": typer.Option(min=1, help="IVF: lists that a search looks into."),
     "dtype": typer.Option(help="The model's arithmetic: float64, float32, bfloat16 or float16."),

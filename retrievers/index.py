@@ -9,6 +9,7 @@ from .errors import BadKnowledge
 from .index_parts import DENSE, KINDS, passages_of, vectors_of
 from .manifest import EncoderFacts, Manifest
 from .passages import Passages
+from .vectors import Memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +17,9 @@ class SearchOptions:
     """How an index is searched; what does not belong to the kind in use is not looked at."""
 
     threads: int = 1
+    memory: Memory = "map"
+    """Dense kinds: vectors stay in their file ("map"), or are copied to memory as float32 ("float32") or as they are
+    ("copy"). Scores are the same; a copy is searched up to 1.5 times as fast."""
     ef_search: int = 256
     """HNSW: candidates held during a search, and the most documents that one can bring."""
     probes: int = 64
@@ -72,7 +76,7 @@ def open_index(
 def _dense(
     kind: str, folder: Path, passages: Passages, encoder: NamedQueryEncoder, options: SearchOptions
 ) -> Retriever:
-    vectors, threads = vectors_of(folder), options.threads
+    vectors, threads = vectors_of(folder, memory=options.memory), options.threads
     match kind:
         case "hnsw":
             from .hnsw import HNSWDense

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .errors import BadKnowledge
 from .passages import Passages
-from .vectors import DTYPES, Kind, Vectors, narrow
+from .vectors import DTYPES, Kind, Memory, Vectors, narrow
 
 KINDS = ("exact", "hnsw", "ivf", "bm25", "lucene")
 DENSE = frozenset({"exact", "hnsw", "ivf"})
@@ -160,9 +160,9 @@ def _blocks(
     return encoded, encoder.passage_fingerprint(), facts
 
 
-def vectors_of(index: Path) -> Vectors:
-    """The vectors of an index, finished or not, served from their file."""
-    return Vectors.open(index / "vectors" / "vectors.npy")
+def vectors_of(index: Path, memory: Memory = "map") -> Vectors:
+    """The vectors of an index, finished or not."""
+    return Vectors.open(index / "vectors" / "vectors.npy", memory=memory)
 
 
 # Kinds -------------------------------------------------------------------------------------------------------------

