@@ -60,7 +60,7 @@ def _threads() -> Iterator[Finding]:
     except ImportError:
         return
     threshold = getattr(faiss.cvar, "distance_compute_blas_threshold", None)
-    yield Finding("faiss BLAS threshold", f"{threshold} at start; an exact dense index sets 2000")
+    yield Finding("faiss BLAS threshold", f"{threshold} at start; exact search sets it to eight queries")
 
 
 def _overlap() -> Iterator[Finding]:

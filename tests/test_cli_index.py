@@ -108,7 +108,10 @@ def test_ask_needs_no_data_folder_beside_an_index(index: Path) -> None:
         (["bench", "retrieval", "--index", "{index}", "--batches", "one"], "not a number"),
     ],
 )
-def test_bad_input_is_refused_in_a_sentence(index: Path, arguments: list[str], says: str) -> None:
+def test_bad_input_is_refused_in_a_sentence(
+    index: Path, arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RALMSPEC_DATA", raising=False)  # it would stand in for --data
     code, _, err = run(*(argument.format(index=index) for argument in arguments))
     assert code == 2
     assert says in " ".join(err.replace("│", " ").split())
