@@ -196,7 +196,7 @@ class Runner:
                 await stage.run(inbox, outbox)
                 if self._accepting or self.switch.live:
                     raise InvariantBroken(f"the stage {name} returned although its inbox was open")
-        except BaseException as error:
+        except BaseException as error:  # a cancelled stage is as dead as one that raised; whoever waits must hear of it
             self._die(f"the stage {name} died of {type(error).__name__}: {error}", error)
             if not isinstance(error, Exception):
                 raise

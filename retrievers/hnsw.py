@@ -25,8 +25,8 @@ class HNSWDense(OneKernel):
     thread, so what it finds does not depend on the batch or on `threads`, which share the queries.
 
     `index_path` is a file that `build` wrote for these `vectors`. It holds the graph only: the vectors are those that
-    are given, looked at where they lie, and shared with any other retriever over them. To hold them in memory as
-    float32, pass `Vectors.open(path, memory="copy")`; half precision is walked faster, and scored in float32 all the
+    are given, looked at where they lie, and shared with any other retriever over them. To hold them in memory,
+    pass `Vectors.open(path, memory="copy")`; half precision is walked faster, and scored in float32 all the
     same. faiss reads many a damaged file without noticing, so check the file's checksum first. What is refused here,
     with `BadKnowledge` naming the file, is anything but such a graph over as many vectors of this width.
     """

@@ -34,7 +34,8 @@ def build_index(
 
     The work goes on in `folder.building`, which becomes `folder` in one rename at the end: what loads is complete.
     Called again with the same arguments after an interruption, it keeps every finished part and goes on inside the
-    vectors and the HNSW graph. Texts and vectors are streamed; bm25 needs memory for its postings. Blocking.
+    vectors and the HNSW graph. Texts are streamed, and so are the vectors while they are made; HNSW and IVF hold them
+    in memory while they are built, bm25 its postings. Blocking.
 
     Raises `BadKnowledge` for passages that cannot be served, a folder that exists, an unfinished build with other
     options, or a build that is running there now; `MissingExtra` for a kind whose package is not installed.
