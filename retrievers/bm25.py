@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import ragged
 from .analyzer import NAME, Analyzer, TermNumbers
 from .base import Document, Ids, Query, Ranking, Scores
 from .errors import BadKnowledge, MissingExtra, RetrieverFailed
@@ -136,7 +137,7 @@ class BM25:
         if len(ids) and not 0 <= ids.min() <= ids.max() < len(self):
             raise BadKnowledge(f"asked for the terms of documents {ids.min()} to {ids.max()}; there are {len(self)}")
         rows = np.array(ids, dtype=np.int64)
-        _, places = self._places(rows)
+        _, places = ragged.places(self._forward_starts, rows)
         self._forward_terms.take(places)
         self._forward_weights.take(places)
         return rows
@@ -151,7 +152,7 @@ class BM25:
         terms = self._analyzed(query.text)
         asked = np.zeros(len(self._numbers), dtype=np.bool_)
         asked[terms.different] = True
-        ends, places = self._places(rows)
+        ends, places = ragged.places(self._forward_starts, rows)
         held = self._forward_terms.take(places)
         hits = np.flatnonzero(asked.take(held))
         if len(terms.different) < len(terms.added):
@@ -163,15 +164,6 @@ class BM25:
     def document(self, id: int) -> Document:
         """The passage itself. Thread-safe."""
         return self._passages[id]
-
-    def _places(self, rows: Ids) -> tuple[Ids, Ids]:
-        """Where these passages' terms stand in the lists by document, and where each passage's end among those."""
-        starts = self._forward_starts[rows]
-        lengths = self._forward_starts[rows + 1] - starts
-        ends = lengths.cumsum()
-        places = (starts - ends + lengths).repeat(lengths)
-        places += np.arange(len(places))
-        return ends, places
 
     def _terms(self, text: str) -> "_Terms":
         known = [self._numbers[term] for term in self._analyze(text) if term in self._numbers]

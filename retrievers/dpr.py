@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .base import Document
-from .encoder import batches, check_device, fingerprint, finite, model_folder, reading
+from .encoder import batches, check_device, finite
 from .errors import BadKnowledge, MissingExtra
+from .model_folder import fingerprint, model_folder, reading
 
 LENGTH = 256
 """Word pieces that DPR was trained to read, of a question or of title and text together, markers included."""

@@ -10,6 +10,7 @@ from typing import IO, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from . import ragged
 from .base import Ids, Scores
 from .errors import BadKnowledge
 
@@ -96,7 +97,7 @@ class ForwardIndex:
 
     def fetch(self, ids: Ids) -> None:
         """Have what `score` will need of these documents read from the disk, if it is not in memory."""
-        _, places = self._places(ids)
+        _, places = ragged.places(self._starts, ids)
         self._terms.take(places)
         self._counts.take(places)
 
@@ -104,7 +105,7 @@ class ForwardIndex:
         """Float32 [n] scores of documents; `terms` ascending without repetition, with a weight each."""
         if len(terms) == 0:
             return np.zeros(len(ids), dtype=np.float32)
-        ends, places = self._places(ids)
+        ends, places = ragged.places(self._starts, ids)
         held = self._terms.take(places)
         # Nearly all that a document holds is not asked for; the low 16 bits tell most of it apart, cheaply.
         sieve = np.zeros(_SIEVE, dtype=np.bool_)
@@ -120,15 +121,6 @@ class ForwardIndex:
         saturated = self._counts[places[left]].astype(np.float32) * self._saturation[self._lengths[ids[rows]]]
         shares = weight - weight / (np.float32(1) + saturated)
         return np.bincount(rows, weights=shares, minlength=len(ids)).astype(np.float32)
-
-    def _places(self, ids: Ids) -> tuple[Ids, Ids]:
-        """Where the documents' entries are, one after the other, and where each document's end in that sequence."""
-        starts = self._starts[ids]
-        sizes = self._starts[ids + 1] - starts
-        ends = sizes.cumsum()
-        places = (starts - ends + sizes).repeat(sizes)
-        places += np.arange(len(places))
-        return ends, places
 
 
 def is_exact(weights: Weights) -> bool:

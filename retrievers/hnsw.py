@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from .base import Document, Query, Ranking
 from .encoder import QueryEncoder
 from .errors import BadKnowledge, RetrieverFailed
+from .faiss_file import read_faiss
 from .kernel import OneKernel, Source
 from .passages import Passages
 from .ranking import rank
@@ -76,21 +77,10 @@ class HNSWDense(OneKernel):
         return rankings
 
     def _read(self, path: Path) -> Any:
-        if not path.is_file():
-            raise BadKnowledge(f"{path}: there is no such file")
-        try:
-            graph = self._faiss.read_index(str(path))
-        except (RuntimeError, MemoryError) as error:
-            raise BadKnowledge(f"{path}: is no index that faiss can read; build it again") from error
-        if not isinstance(graph, self._faiss.IndexHNSWFlat) or graph.storage is not None:
-            raise BadKnowledge(f"{path}: is no HNSW graph without vectors, which HNSWDense.build writes")
-        if graph.metric_type != self._faiss.METRIC_INNER_PRODUCT:
-            raise BadKnowledge(f"{path}: ranks by another metric than the inner product; build it again")
-        if (graph.ntotal, graph.d) != (len(self), self._dimension):
-            raise BadKnowledge(
-                f"{path}: links {graph.ntotal} vectors of {graph.d} numbers; "
-                f"these are {len(self)} of {self._dimension}; build it from them"
-            )
+        kinds, vectors = (self._faiss.IndexHNSWFlat,), (len(self), self._dimension)
+        graph = read_faiss(path, flags=0, kinds=kinds, maker="HNSWDense.build", vectors=vectors)
+        if graph.storage is not None:
+            raise BadKnowledge(f"{path}: is no index that HNSWDense.build writes: it holds vectors, too")
         return graph
 
     @staticmethod

@@ -10,6 +10,7 @@ import numpy as np
 from .base import Document, Query, Ranking, Vector
 from .encoder import QueryEncoder
 from .errors import BadKnowledge, MissingExtra
+from .faiss_file import read_faiss
 from .kernel import OneKernel, Source
 from .passages import Passages
 from .ranking import rank
@@ -46,7 +47,9 @@ class IVFDense(OneKernel):
         if probes < 1 or depth < 1:
             raise ValueError(f"a search is in at least 1 list for at least 1 document, not in {probes} for {depth}")
         super().__init__(passages, vectors, encoder, threads=threads)
-        self._index = self._read(Path(index_path))
+        kinds, flags = (self._faiss.IndexIVFFlat, self._faiss.IndexIVFScalarQuantizer), self._faiss.IO_FLAG_MMAP
+        shape = (len(self), self._dimension)
+        self._index = read_faiss(Path(index_path), flags=flags, kinds=kinds, maker="IVFDense.build", vectors=shape)
         lists = self._index.invlists
         held = [one for one in range(self._index.nlist) if lists.list_size(one)]
         self._lists = np.array(held, dtype=np.int64)  # those that are not empty
@@ -73,24 +76,6 @@ class IVFDense(OneKernel):
         _, found = self._index.search_preassigned(vector[np.newaxis], self._depth, lists, scores)
         ids = found[0][found[0] >= 0]
         return rank(ids, self._score_ids(vector[np.newaxis], ids[np.newaxis])[0], k)
-
-    def _read(self, path: Path) -> Any:
-        if not path.is_file():
-            raise BadKnowledge(f"{path}: there is no such file")
-        try:
-            index = self._faiss.read_index(str(path), self._faiss.IO_FLAG_MMAP)
-        except (RuntimeError, MemoryError) as error:
-            raise BadKnowledge(f"{path}: is no index that faiss can read; build it again") from error
-        if not isinstance(index, self._faiss.IndexIVFFlat | self._faiss.IndexIVFScalarQuantizer):
-            raise BadKnowledge(f"{path}: is no IVF index that IVFDense.build writes")
-        if index.metric_type != self._faiss.METRIC_INNER_PRODUCT:
-            raise BadKnowledge(f"{path}: ranks by another metric than the inner product; build it again")
-        if (index.ntotal, index.d) != (len(self), self._dimension):
-            raise BadKnowledge(
-                f"{path}: lists {index.ntotal} vectors of {index.d} numbers; "
-                f"these are {len(self)} of {self._dimension}; build it from them"
-            )
-        return index
 
     @staticmethod
     def build(

@@ -17,15 +17,9 @@ from hypothesis import strategies as st
 
 from ralmspec.retrievers.base import Document
 from ralmspec.retrievers.corpus import Corpus
-from ralmspec.retrievers.encoder import (
-    SentenceEncoder,
-    batches,
-    fingerprint,
-    open_encoder,
-    open_passage_encoder,
-    passage_text,
-)
+from ralmspec.retrievers.encoder import SentenceEncoder, batches, open_encoder, open_passage_encoder, passage_text
 from ralmspec.retrievers.errors import BadKnowledge, MissingExtra
+from ralmspec.retrievers.model_folder import fingerprint
 from ralmspec.retrievers.passages import Passages
 
 LOCAL = importlib.util.find_spec("sentence_transformers") is not None

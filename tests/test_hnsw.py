@@ -6,16 +6,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from bundles import KINDS, documents, encoder, queries, same, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ralmspec.retrievers.base import Document, Query, Ranking
+from ralmspec.retrievers.base import Document, Query
 from ralmspec.retrievers.dense import ExactDense
 from ralmspec.retrievers.errors import BadKnowledge, MissingExtra, RetrieverFailed
 from ralmspec.retrievers.hnsw import HNSWDense
@@ -25,38 +25,11 @@ if importlib.util.find_spec("faiss") is None:
     pytest.skip("needs faiss (the extra 'local')", allow_module_level=True)
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo" / "embeddings_wikipedia_minilm_f16.npy"
-KINDS: list[Kind] = ["float32", "float16", "bfloat16"]
 SMALL: dict[str, Any] = {"m": 8, "ef_construction": 40, "chunk": 250, "checkpoint": 250}
 
 
 class Killed(Exception):
     pass
-
-
-def documents(n: int) -> list[Document]:
-    return [Document(i, f"title {i}", f"text {i}") for i in range(n)]
-
-
-def encoder(dimension: int) -> Any:
-    return SimpleNamespace(dimension=dimension)
-
-
-def some(n: int = 1200, dimension: int = 16) -> NDArray[np.float32]:
-    """Bundles with runs of duplicates: equal scores abound."""
-    random = np.random.default_rng(0)
-    vectors = random.standard_normal((n // 20, dimension)).repeat(20, axis=0)
-    vectors += 0.3 * random.standard_normal(vectors.shape)
-    vectors[::5] = vectors[1::5]
-    return vectors.astype(np.float32)
-
-
-def queries(n: int, dimension: int = 16, seed: int = 1) -> list[Query]:
-    vectors = np.random.default_rng(seed).standard_normal((n, dimension), dtype=np.float32)
-    return [Query(text="q", vector=vector) for vector in vectors]
-
-
-def same(one: Ranking, other: Ranking) -> bool:
-    return np.array_equal(one.ids, other.ids) and one.scores.tobytes() == other.scores.tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -302,11 +275,11 @@ def test_files_that_are_no_such_graph_are_refused_by_name(
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "cut").write_bytes(whole.read_bytes()[:-100])
     messages = {
-        "flat": "no HNSW graph without vectors",
-        "with vectors": "no HNSW graph without vectors",
+        "flat": "no index that HNSWDense.build writes",
+        "with vectors": "no index that HNSWDense.build writes",
         "other metric": "another metric than the inner product",
-        "fewer": "links 1199 vectors of 16 numbers; these are 1200 of 16",
-        "narrower": "links 1200 vectors of 8 numbers; these are 1200 of 16",
+        "fewer": "is of 1199 vectors of 16 numbers; these are 1200 of 16",
+        "narrower": "is of 1200 vectors of 8 numbers; these are 1200 of 16",
         "text": "no index that faiss can read",
         "empty": "no index that faiss can read",
         "cut": "no index that faiss can read",

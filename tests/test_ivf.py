@@ -5,16 +5,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from bundles import KINDS, documents, encoder, queries, same, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ralmspec.retrievers.base import Document, Query, Ranking
+from ralmspec.retrievers.base import Query, Ranking
 from ralmspec.retrievers.dense import ExactDense
 from ralmspec.retrievers.errors import BadKnowledge, MissingExtra, RetrieverFailed
 from ralmspec.retrievers.ivf import IVFDense
@@ -24,35 +24,8 @@ if importlib.util.find_spec("faiss") is None:
     pytest.skip("needs faiss (the extra 'local')", allow_module_level=True)
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo" / "embeddings_wikipedia_minilm_f16.npy"
-KINDS: list[Kind] = ["float32", "float16", "bfloat16"]
 
 Built = Callable[[Kind], tuple[NDArray[Any], Path]]
-
-
-def documents(n: int) -> list[Document]:
-    return [Document(i, f"title {i}", f"text {i}") for i in range(n)]
-
-
-def encoder(dimension: int) -> Any:
-    return SimpleNamespace(dimension=dimension)
-
-
-def some(n: int = 1200, dimension: int = 16) -> NDArray[np.float32]:
-    """Bundles with runs of duplicates: equal scores abound."""
-    random = np.random.default_rng(0)
-    vectors = random.standard_normal((n // 20, dimension)).repeat(20, axis=0)
-    vectors += 0.3 * random.standard_normal(vectors.shape)
-    vectors[::5] = vectors[1::5]
-    return vectors.astype(np.float32)
-
-
-def queries(n: int, seed: int = 1) -> list[Query]:
-    vectors = np.random.default_rng(seed).standard_normal((n, 16), dtype=np.float32)
-    return [Query(text="q", vector=vector) for vector in vectors]
-
-
-def same(one: Ranking, other: Ranking) -> bool:
-    return np.array_equal(one.ids, other.ids) and one.scores.tobytes() == other.scores.tobytes()
 
 
 def lists_of(index: Any) -> list[NDArray[np.int64]]:
@@ -101,7 +74,7 @@ def test_a_search_ranks_the_nearest_lists_by_the_one_kernel(
     retriever = opened(built(kind), probes=probes, threads=threads, depth=2000)
     index: Any = faiss.read_index(str(built(kind)[1]))
     centroids, contents = index.quantizer.reconstruct_n(0, index.nlist), lists_of(index)
-    asked = queries(batch, seed)
+    asked = queries(batch, seed=seed)
     for query, ranking in zip(asked, retriever.search(asked, k), strict=True):
         near = retriever.score(query, centroids)
         filled = [one for one in range(index.nlist) if len(contents[one])]
@@ -195,7 +168,7 @@ def test_an_index_of_other_vectors_is_refused_by_name(tmp_path: Path, built: Bui
 
     _, path = built("float32")
     for vectors in (some()[:1100], some(dimension=8)):
-        with pytest.raises(BadKnowledge, match=f"lists 1200 vectors of 16 numbers; these are {len(vectors)} of"):
+        with pytest.raises(BadKnowledge, match=f"is of 1200 vectors of 16 numbers; these are {len(vectors)} of"):
             opened((vectors, path))
     by_distance = faiss.IndexIVFFlat(faiss.IndexFlatL2(16), 16, 4)
     by_distance.cp.min_points_per_centroid = 1

@@ -1,0 +1,38 @@
+"""Vectors that lie in bundles, for tests of approximate retrieval: equal and nearly equal scores abound."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ralmspec.retrievers.base import Document, Query, Ranking
+from ralmspec.retrievers.vectors import Kind
+
+KINDS: list[Kind] = ["float32", "float16", "bfloat16"]
+
+
+def documents(n: int) -> list[Document]:
+    return [Document(i, f"title {i}", f"text {i}") for i in range(n)]
+
+
+def encoder(dimension: int) -> Any:
+    return SimpleNamespace(dimension=dimension)
+
+
+def some(n: int = 1200, dimension: int = 16) -> NDArray[np.float32]:
+    """Bundles with runs of duplicates."""
+    random = np.random.default_rng(0)
+    vectors = random.standard_normal((n // 20, dimension)).repeat(20, axis=0)
+    vectors += 0.3 * random.standard_normal(vectors.shape)
+    vectors[::5] = vectors[1::5]
+    return vectors.astype(np.float32)
+
+
+def queries(n: int, dimension: int = 16, seed: int = 1) -> list[Query]:
+    vectors = np.random.default_rng(seed).standard_normal((n, dimension), dtype=np.float32)
+    return [Query(text="q", vector=vector) for vector in vectors]
+
+
+def same(one: Ranking, other: Ranking) -> bool:
+    return np.array_equal(one.ids, other.ids) and one.scores.tobytes() == other.scores.tobytes()
