@@ -68,7 +68,7 @@ def costs(corpus: Corpus, encode: int, work: Path) -> Iterator[Cost]:
         with unpack(corpus.passages, "rt") as lines, subset.open("w") as copy:
             copy.writelines(islice(lines, encode))
         seconds, peak, manifest = build(subset, work / "encoded", ["--kinds", "exact"])
-        yield Cost(f"exact, text of {manifest.passages:,} passages", seconds, peak, size(manifest, "vectors"))
+        yield Cost(f"exact, text of {manifest.documents:,} passages", seconds, peak, size(manifest, "vectors"))
 
 
 def size(manifest: Manifest, part: str) -> float:
@@ -91,7 +91,7 @@ def main(
             lines.append(f"| {cost.what} | {cost.seconds:.0f} | {cost.peak_mb:.0f} | {cost.size_mb:.1f} |")
             console.print(lines[-1], highlight=False)
             last = cost
-        total = Manifest.read(Path(work) / "exact").passages
+        total = Manifest.read(Path(work) / "exact").documents
     if encode:
         hours = last.seconds * total / encode / 3600
         lines += ["", f"*Extrapolated*, not measured: {total:,} passages from text would take {hours:.1f} hours."]

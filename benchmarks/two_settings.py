@@ -18,7 +18,7 @@ import anyio
 import typer
 from rich.console import Console
 
-from ralmspec.pipeline import InContext, Sampling, published
+from ralmspec.pipeline import Sampling, published
 from ralmspec.pipeline.compare import Runs, report, run
 from ralmspec.pipeline.engine import Engine, EngineOptions, choose_questions, open_engine
 from ralmspec.pipeline.overlap import overlap_efficiency
@@ -33,9 +33,9 @@ RATIOS = (1.0, 2.0, 6.0)
 def measure(engine: Engine, questions: int, sets: str, tokens: int, overlap: dict[str, float]) -> Comparison:
     """One table."""
     runs = Runs(published())
-    chosen = [question for _, question in choose_questions(engine.questions, sets.split(","), questions)]
+    chosen = [question.question for _, question in choose_questions(engine.questions, sets.split(","), questions)]
     anyio.run(
-        lambda: run(engine, chosen, runs, workload=InContext(), max_new_tokens=tokens, sampling=Sampling()),
+        lambda: run(engine, chosen, runs, max_new_tokens=tokens, sampling=Sampling()),
         backend_options={"use_uvloop": True},
     )
     return report(runs, engine, sets=sets, max_new_tokens=tokens, overlap=overlap)

@@ -8,8 +8,8 @@ The layers, and which way imports go (a test holds it):
     ralmspec.pipeline     what a program touches
       Pipeline ─ SessionStream          open once; a context-managed stream of events per request
       Runner ─ ThreadWorker             the only task group; one thread per device
-      Sequential, Synchronous,          arrangements: the same stages, three sets of two decisions
-      Asynchronous
+      Sequential, Synchronous,          arrangements: the same stages, four sets of two decisions
+      Asynchronous, Continuous
          │
          ▼
     ralmspec.stages       what moves, and who works on it
@@ -46,6 +46,7 @@ from ralmspec.stages.errors import EmptyPrompt as EmptyPrompt
 from ralmspec.stages.errors import ModelFailed as ModelFailed
 from ralmspec.stages.errors import PromptTooLong as PromptTooLong
 from ralmspec.stages.in_context import InContext as InContext
+from ralmspec.stages.knn_lm import KnnLM as KnnLM
 from ralmspec.stages.messages import Committed as Committed
 from ralmspec.stages.messages import Done as Done
 from ralmspec.stages.messages import Drafted as Drafted
@@ -65,6 +66,7 @@ from ralmspec.stages.trace import Span as Span
 from ralmspec.stages.workload import Workload as Workload
 
 from .arrangements import Asynchronous as Asynchronous
+from .arrangements import Continuous as Continuous
 from .arrangements import Sequential as Sequential
 from .arrangements import Synchronous as Synchronous
 from .arrangements import published as published

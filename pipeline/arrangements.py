@@ -8,12 +8,14 @@ the next one is formed, so a batch of s checks covers the documents of steps 2 â
     Synchronous      while nothing is being verified                 s are queued, or nothing else can be done
     Asynchronous     the same, and beside the verification           the same
                      the one step whose own check is in it
+    Continuous       always, up to the window                       a flight is free and nothing flies, or enough of
+                                                                     them wait, or nothing else can be done
 """
 
 from dataclasses import dataclass, field
 
 from ralmspec.stages.arrangement import Arrangement, Outlook
-from ralmspec.stages.stride import OS3, FixedStride, Stride, StrideSettings
+from ralmspec.stages.stride import OS3, FixedStride, PacedStride, Stride, StrideSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Sequential:
     guesses = False
     prefetch = 1
     window = 1
+    flights = 1
 
     def stride(self) -> Stride:
         """One check at a time."""
@@ -44,6 +47,7 @@ class Synchronous:
     speculation_stride: StrideSettings | int = field(default_factory=OS3)
     prefetch: int = 20
     guesses = True
+    flights = 1
 
     def __post_init__(self) -> None:
         if self.prefetch < 1:
@@ -85,6 +89,39 @@ class Asynchronous(Synchronous):
         return not outlook.flying or outlook.newest_flying
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuous:
+    """Decoding never waits: it drafts on while up to `flights` batches of checks are being verified.
+
+    `window` bounds how far, in steps. It should cover the time from a check's launch to its verdict, b / a steps, and
+    the time it waits for its launch: twice that with one flight. More flights than the retriever serves at once
+    (`concurrency`) only split what could be one batch. Best where guesses are mostly right and the index has resources
+    of its own; a wrong one wastes all that was drafted after it.
+    """
+
+    window: int = 64
+    flights: int = 1
+    prefetch: int = 20
+    guesses = True
+
+    def __post_init__(self) -> None:
+        for name in ("window", "flights", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Continuous({name}={getattr(self, name)}): must be at least 1")
+
+    def stride(self) -> Stride:
+        """As many checks a flight as keep the flights evenly spread."""
+        return PacedStride(self.flights, self.window)
+
+    def may_draft(self, outlook: Outlook) -> bool:
+        """Always; the window is the bound."""
+        return True
+
+    def checks_due(self, outlook: Outlook) -> bool:
+        """When nothing flies, when enough wait, or when only verdicts can bring the session on."""
+        return not outlook.flying or outlook.stuck or outlook.queued >= outlook.stride
+
+
 def published(prefetch: int = 20) -> dict[str, Arrangement]:
     """The arrangements of the paper's tables under the paper's names, RaLMSeq first; fixed strides are 3.
 
@@ -105,6 +142,18 @@ def published(prefetch: int = 20) -> dict[str, Arrangement]:
         "+SA": made(s=True, a=True),
         "+PA": made(p=True, a=True),
         "+PSA": made(p=True, s=True, a=True),
+    }
+
+
+def by_stride(prefetch: int = 20, flights: int = 1) -> dict[str, Arrangement]:
+    """RaLMSeq, the strides of the paper's figure for KNN-LM and the scheduler, each also with asynchronous
+    verification, and `Continuous`."""
+    strides: dict[str, StrideSettings | int] = {"s=1": 1, "s=2": 2, "s=4": 4, "s=8": 8, "OS3": OS3()}
+    return {
+        "RaLMSeq": Sequential(),
+        **{name: Synchronous(speculation_stride=stride, prefetch=prefetch) for name, stride in strides.items()},
+        **{f"{n} +A": Asynchronous(speculation_stride=stride, prefetch=prefetch) for n, stride in strides.items()},
+        "continuous": Continuous(prefetch=prefetch, flights=flights),
     }
 
 

@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from ralmspec.retrievers.base import Ranking
-from ralmspec.stages.model import LanguageModel, Prefix
+from ralmspec.retrievers.base import Ranking, Retriever
+from ralmspec.stages.model import Frontier, LanguageModel, Prefix
 from ralmspec.stages.sampling import Sampling
 from ralmspec.stages.workload import BoundWorkload
 
@@ -33,11 +31,12 @@ def differ(
     *,
     prompt: str,
     model: LanguageModel,
+    retriever: Retriever,
     workload: BoundWorkload,
     sampling: Sampling,
     dtype: str,
 ) -> Difference | None:
-    """None for the same tokens and documents; else the first difference. Blocking: it may run the model once."""
+    """None for the same tokens and documents; else the first difference. Blocking: it may search and run the model."""
     documents = [step.document.id for step in reference.steps]
     if answer.tokens == reference.tokens and [step.document.id for step in answer.steps] == documents:
         return None
@@ -47,10 +46,17 @@ def differ(
     same_documents = documents[: step + 1] == [s.document.id for s in answer.steps[: step + 1]]
     if position >= len(reference.tokens) or not same_documents:
         return Difference(position, None, explained=False)
-    context = [*workload.prompt(prompt)[0], *reference.tokens[:position]]
-    retrieved = Ranking(np.array([documents[step]], dtype=np.int64), np.zeros(1, dtype=np.float32))
-    tokens = workload.prefix(context, retrieved)
-    (frontier,) = model.forward([Prefix(session=_AUDITOR, tokens=tokens)])
-    model.forget(_AUDITOR)
-    gap = sampling.gap(frontier.logits, position)
+
+    def read(tokens: int, retrieved: Ranking | None) -> Frontier:
+        """What the model knows after the prompt and so many of the reference's tokens."""
+        prefix = workload.prefix([*start, *reference.tokens[:tokens]], retrieved)
+        (frontier,) = model.forward([Prefix(session=_AUDITOR, tokens=prefix)])
+        model.forget(_AUDITOR)
+        return frontier
+
+    start, begun = workload.prompt(prompt)[0], step * workload.retrieval_stride
+    asked_with = read(begun, None) if workload.asks_with_frontier else None
+    queries = retriever.encode([workload.query([*start, *reference.tokens[:begun]], asked_with)])
+    (truth,) = retriever.search(queries, workload.top_k)
+    gap = sampling.gap(workload.logits(read(position, truth), truth), position)
     return Difference(position, gap, explained=gap <= TOLERANCE.get(dtype, 0.0))

@@ -1,9 +1,9 @@
-"""The command line: `ralmspec ask`, `compare`, `verify-lossless`, `index build`, `index info`,
-`bench retrieval`, `doctor`."""
+"""The command line: `ralmspec ask`, `compare`, `verify-lossless`, `index build`, `index info`, `knn build`,
+`knn info`, `bench retrieval`, `doctor`."""
 
 import typer
 
-from . import command_bench, command_index
+from . import command_bench, command_index, command_knn, command_knn_perplexity, command_knn_serve
 from .command_ask import ask
 from .command_compare import compare_command
 from .command_doctor import doctor
@@ -21,5 +21,14 @@ app.command("ask")(ask)
 app.command("compare")(compare_command)
 app.command("verify-lossless")(verify_command)
 app.add_typer(command_index.app, name="index")
+for name, command in (
+    ("ask", command_knn_serve.ask_command),
+    ("compare", command_knn_serve.compare_command),
+    ("verify-lossless", command_knn_serve.verify_command),
+    ("tune", command_knn_perplexity.tune_command),
+    ("perplexity", command_knn_perplexity.perplexity_command),
+):
+    command_knn.app.command(name)(command)
+app.add_typer(command_knn.app, name="knn")
 app.add_typer(command_bench.app, name="bench")
 app.command("doctor")(doctor)

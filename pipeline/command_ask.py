@@ -1,24 +1,26 @@
 """`ralmspec ask`: one question, its answer as it is committed."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 from rich.live import Live
 from rich.markup import escape
 
+from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.messages import Committed
 from ralmspec.stages.sampling import Sampling
 
 from .arrangements import Asynchronous, Sequential, Synchronous
-from .engine import EngineOptions
-from .options import NewTokensOption, SeedOption, TemperatureOption, with_engine
+from .engine import Engine, EngineOptions
+from .options import NewTokensOption, SeedOption, TemperatureOption, with_options
 from .pipeline import Pipeline
 from .terminal import err, load, out, run
 from .terminal import stride as as_stride
 from .transcript import Transcript
 
 
-@with_engine
+@with_options(EngineOptions)
 def ask(
     engine_options: EngineOptions,
     question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
@@ -38,14 +40,43 @@ def ask(
     kind = Asynchronous if asynchronous else Synchronous
     arrangement = Sequential() if sequential else kind(speculation_stride=as_stride(stride), prefetch=prefetch)
 
+    sampling = Sampling(temperature=temperature, seed=seed)
+    answered(
+        lambda: load(engine_options),
+        question,
+        arrangement,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        drafts=drafts,
+        sources=sources,
+    )
+
+
+def answered(
+    opens: Callable[[], Engine],
+    prompt: str,
+    arrangement: Arrangement,
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    drafts: bool,
+    sources: bool,
+) -> None:
+    """Open an engine, answer one prompt, and show the text as it comes."""
+
     async def main() -> None:
-        engine = load(engine_options)
-        pipeline = Pipeline(model=engine.model, retriever=engine.retriever, speculation=arrangement)
-        sampling = Sampling(temperature=temperature, seed=seed)
+        engine = opens()
+        pipeline = Pipeline(
+            model=engine.model,
+            retriever=engine.retriever,
+            workload=engine.workload,
+            speculation=arrangement,
+            limits=engine.limits,
+        )
         transcript = Transcript()
         async with (
             pipeline,
-            pipeline.session(question, max_new_tokens=max_new_tokens, sampling=sampling, drafts=drafts) as session,
+            pipeline.session(prompt, max_new_tokens=max_new_tokens, sampling=sampling, drafts=drafts) as session,
         ):
             if drafts and out.is_terminal:
                 with Live(transcript, console=out, auto_refresh=False, vertical_overflow="visible") as live:
@@ -66,7 +97,7 @@ def ask(
             soft_wrap=True,
         )
         if s.prompt_tokens_cut:
-            err.print(f"[yellow]the question was too long: {s.prompt_tokens_cut} tokens were cut on the left[/yellow]")
+            err.print(f"[yellow]the prompt was too long: {s.prompt_tokens_cut} tokens were cut on the left[/yellow]")
         if sources:
             for document in transcript.documents.values():
                 out.print(f"  \\[{document.id}] {escape(document.title)}  {document.score:.3f}", highlight=False)

@@ -1,12 +1,12 @@
 """`ralmspec compare`: the same questions in every arrangement, side by side."""
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ralmspec.stages.arrangement import Arrangement
-from ralmspec.stages.in_context import InContext
 from ralmspec.stages.sampling import Sampling
 
 from . import chrome_trace, compare, terminal
@@ -19,14 +19,14 @@ from .options import (
     SeedOption,
     SetsOption,
     TemperatureOption,
-    with_engine,
+    with_options,
 )
 from .overlap import overlap_efficiency
 from .tables import comparison_table
 from .terminal import err, load, out, question_sets, run
 
 
-@with_engine
+@with_options(EngineOptions)
 def compare_command(
     engine_options: EngineOptions,
     max_new_tokens: NewTokensOption = 128,
@@ -49,28 +49,52 @@ def compare_command(
     fail. speed-up: ratio of mean latencies. F_ideal: share of the time that a retriever without cost would take.
     F_miss: the same for one whose only cost is the first search and real misses.
     """
-    arrangements = published(prefetch)
-    names = [name.strip() for name in only.split(",")] if only else [*MAIN_TABLE]
-    _known(names, arrangements)
-    arrangements = {n: a for n, a in arrangements.items() if n == compare.BASELINE or n in names}
+
+    def prompts(engine: Engine) -> list[str]:
+        chosen = choose_questions(engine.questions, question_sets(engine, sets), questions)
+        return [question.question for _, question in chosen]
+
+    compared(
+        lambda: load(engine_options),
+        prompts,
+        chosen_from(published(prefetch), only, MAIN_TABLE),
+        Sampling(temperature=temperature, seed=seed),
+        max_new_tokens=max_new_tokens,
+        json=json,
+        trace=trace,
+        sets=sets,
+    )
+
+
+def compared(
+    opens: Callable[[], Engine],
+    choose_prompts: Callable[[Engine], Sequence[str]],
+    arrangements: Mapping[str, Arrangement],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    json: Path | None,
+    trace: Path | None,
+    **facts: Any,
+) -> None:
+    """Open an engine, compare arrangements on prompts, show and write what came of it; `facts` go into the report."""
     runs = compare.Runs(arrangements)
-    facts: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    facts["max_new_tokens"] = max_new_tokens
     opened: list[Engine] = []
 
     async def main() -> None:
-        engine = load(engine_options)
+        engine = opens()
         opened.append(engine)
-        chosen = choose_questions(engine.questions, question_sets(engine, sets), questions)
+        prompts = choose_prompts(engine)
         with err.status("measuring how far two threads overlap on these cores"):
             facts["overlap"] = overlap_efficiency(engine)
-        with terminal.progress("comparing", len(chosen) * len(arrangements) + len(arrangements)) as tell:
+        with terminal.progress("comparing", len(prompts) * len(arrangements) + len(arrangements)) as tell:
             await compare.run(
                 engine,
-                [question for _, question in chosen],
+                prompts,
                 runs,
-                workload=InContext(),
                 max_new_tokens=max_new_tokens,
-                sampling=Sampling(temperature=temperature, seed=seed),
+                sampling=sampling,
                 trace=trace is not None,
                 progress=tell,
             )
@@ -79,26 +103,26 @@ def compare_command(
         run(main)
     finally:  # what was measured before an interruption is still shown and written
         if runs.complete and opened:
-            _report(runs, opened[0], facts, sets, json, trace)
+            _report(runs, opened[0], facts, json, trace)
     wrong = sum(r.outputs - r.identical - r.explained for r in compare.rows(runs, ""))
     if wrong:
         err.print(f"[red]{wrong} outputs differ from RaLMSeq's, unexplained[/red]")
         raise typer.Exit(1)
 
 
-def _report(
-    runs: compare.Runs, engine: Engine, facts: dict[str, Any], sets: str, json: Path | None, trace: Path | None
-) -> None:
-    report = compare.report(runs, engine, sets=sets, **facts)
+def chosen_from(arrangements: Mapping[str, Arrangement], only: str, default: Sequence[str]) -> dict[str, Arrangement]:
+    """RaLMSeq, and those that were typed, with commas between them; the default ones if none were."""
+    names = [name.strip() for name in only.split(",")] if only else [*default]
+    if unknown := [name for name in names if name not in arrangements]:
+        raise typer.BadParameter(f"--only: {unknown[0]!r} is not one of {', '.join(arrangements)}")
+    return {n: a for n, a in arrangements.items() if n == compare.BASELINE or n in names}
+
+
+def _report(runs: compare.Runs, engine: Engine, facts: dict[str, Any], json: Path | None, trace: Path | None) -> None:
+    report = compare.report(runs, engine, **facts)
     out.print(comparison_table(report))
     if json:
         json.write_text(report.model_dump_json(indent=2) + "\n")
     if trace:
         chrome_trace.write(trace, {name: answers[0].timeline for name, answers in runs.answers.items()})
         err.print(f"timelines of the first question: {trace} (open it in https://ui.perfetto.dev)")
-
-
-def _known(names: list[str], arrangements: dict[str, Arrangement]) -> None:
-    for name in names:
-        if name not in arrangements:
-            raise typer.BadParameter(f"--only: {name!r} is not one of {', '.join(arrangements)}")

@@ -1,17 +1,18 @@
 """`ralmspec verify-lossless`: every arrangement gives RaLMSeq's tokens, shown on real questions."""
 
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from ralmspec.stages.arrangement import Arrangement
-from ralmspec.stages.in_context import InContext
 from ralmspec.stages.sampling import Sampling
 
 from . import lossless, terminal
 from .arrangements import Asynchronous, Synchronous
-from .engine import EngineOptions, choose_questions
+from .engine import Engine, EngineOptions, choose_questions
 from .options import (
     JsonOption,
     NewTokensOption,
@@ -19,13 +20,13 @@ from .options import (
     SeedOption,
     SetsOption,
     TemperatureOption,
-    with_engine,
+    with_options,
 )
 from .reports import environment
 from .terminal import load, out, question_sets, run
 
 
-@with_engine
+@with_options(EngineOptions)
 def verify_command(
     engine_options: EngineOptions,
     max_new_tokens: NewTokensOption = 128,
@@ -50,23 +51,53 @@ def verify_command(
         for stride in strides.split(",")
         for width in prefetches.split(",")
     }
+
+    def prompts(engine: Engine) -> list[str]:
+        chosen = choose_questions(engine.questions, question_sets(engine, sets), questions)
+        return [question.question for _, question in chosen]
+
+    verified(
+        lambda: load(engine_options),
+        prompts,
+        arrangements,
+        Sampling(temperature=temperature, seed=seed),
+        max_new_tokens=max_new_tokens,
+        json=json,
+        sets=sets,
+        questions_per_set=questions,
+    )
+
+
+def verified(
+    opens: Callable[[], Engine],
+    choose_prompts: Callable[[Engine], Sequence[str]],
+    arrangements: Mapping[str, Arrangement],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    json: Path | None,
+    **facts: Any,
+) -> None:
+    """Open an engine, hold arrangements against RaLMSeq on prompts, show and write what came of it."""
     tally = lossless.Tally(list(arrangements))
-    facts: dict[str, Any] = {"max_new_tokens": max_new_tokens, "questions_per_set": questions}
 
     async def main() -> None:
-        engine = load(engine_options)
-        names = question_sets(engine, sets)
-        chosen = choose_questions(engine.questions, names, questions)
-        facts.update(engine_options.facts(), sets=names, retriever=engine.description, temperature=temperature)
-        with terminal.progress("verifying", len(chosen) * (len(arrangements) + 1)) as tell:
+        engine = opens()
+        prompts = choose_prompts(engine)
+        facts.update(
+            engine.options.facts(),
+            retriever=engine.description,
+            max_new_tokens=max_new_tokens,
+            sampling_temperature=sampling.temperature,
+        )
+        with terminal.progress("verifying", len(prompts) * (len(arrangements) + 1)) as tell:
             await lossless.verify(
                 engine,
-                [question for _, question in chosen],
+                prompts,
                 arrangements,
                 tally,
-                workload=InContext(),
                 max_new_tokens=max_new_tokens,
-                sampling=Sampling(temperature=temperature, seed=seed),
+                sampling=sampling,
                 progress=tell,
             )
 

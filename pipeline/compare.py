@@ -11,9 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ralmspec.retrievers.questions import Question
 from ralmspec.stages.arrangement import Arrangement
-from ralmspec.stages.in_context import InContext
 from ralmspec.stages.sampling import Sampling
 from ralmspec.stages.statistics import Statistics
 
@@ -42,47 +40,54 @@ class Runs:
 
 async def run(
     engine: Engine,
-    questions: Sequence[Question],
+    prompts: Sequence[str],
     runs: Runs,
     *,
-    workload: InContext,
     max_new_tokens: int,
     sampling: Sampling,
     trace: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Fill `runs`, question by question; what is there stays there if this is cancelled.
+    """Fill `runs`, prompt by prompt; what is there stays there if this is cancelled.
 
-    Every question is served by every arrangement before the next; the order is reversed for every other question, so
-    that drift of the machine hits all alike. One question is served unmeasured first. Outputs have equal length.
+    Every prompt is served by every arrangement before the next; the order is reversed for every other prompt, so
+    that drift of the machine hits all alike. One prompt is served unmeasured first. Outputs have equal length.
     """
+    workload = engine.workload
     bound = workload.bind(engine.model, engine.retriever)
     pipelines = {
-        name: Pipeline(model=engine.model, retriever=engine.retriever, workload=workload, speculation=arrangement)
+        name: Pipeline(
+            model=engine.model,
+            retriever=engine.retriever,
+            workload=workload,
+            speculation=arrangement,
+            limits=engine.limits,
+        )
         for name, arrangement in runs.arrangements.items()
     }
 
-    async def serve(name: str, question: Question, tokens: int = max_new_tokens) -> Answer:
+    async def serve(name: str, prompt: str, tokens: int = max_new_tokens) -> Answer:
         async with pipelines[name] as pipeline:
             return await pipeline.complete(
-                question.question, max_new_tokens=tokens, sampling=sampling, ignore_eos=True, trace=trace
+                prompt, max_new_tokens=tokens, sampling=sampling, ignore_eos=True, trace=trace
             )
 
     progress("warming up")
     for name in pipelines:
-        await serve(name, questions[0], min(max_new_tokens, 4 * workload.retrieval_stride))
-    for number, question in enumerate(questions):
+        await serve(name, prompts[0], min(max_new_tokens, 4 * bound.retrieval_stride))
+    for number, prompt in enumerate(prompts):
         answers = {}
         for name in list(pipelines)[:: 1 if number % 2 == 0 else -1]:
-            progress(f"{name}: {question.question}")
-            answers[name] = await serve(name, question)
+            progress(f"{name}: {prompt}")
+            answers[name] = await serve(name, prompt)
         reference = answers[BASELINE]
         for name, answer in answers.items():
             difference = differ(
                 reference,
                 answer,
-                prompt=question.question,
+                prompt=prompt,
                 model=engine.model,
+                retriever=engine.index,
                 workload=bound,
                 sampling=sampling,
                 dtype=engine.options.dtype,

@@ -1,4 +1,4 @@
-"""What the command line needs to serve: a model, a knowledge base and questions, opened from paths."""
+"""What the command line needs to serve: a model, a knowledge base and a workload, opened from paths."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -7,26 +7,22 @@ from typing import Any
 
 from ralmspec.retrievers.base import Retriever
 from ralmspec.retrievers.errors import BadKnowledge
+from ralmspec.retrievers.index import SearchOptions
 from ralmspec.retrievers.questions import Question, QuestionFolder
 from ralmspec.retrievers.vectors import Memory
+from ralmspec.stages.in_context import InContext
 from ralmspec.stages.model import LanguageModel
+from ralmspec.stages.workload import Workload
 
+from .limits import Limits
 from .thread_budget import ThreadBudget, cores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """Where things lie and how they are loaded.
-
-    The knowledge base is the index folder `index`, searched as `retriever` says, or the passages and embeddings in
-    `data`, searched exactly. Questions come from `data`. Threads: 0 for a fair share of the cores.
-    """
+class SearchingOptions:
+    """The model, and how a knowledge base is searched. Threads: 0 for a fair share of the cores."""
 
     model: str
-    data: Path | None = None
-    corpus: str = "wikipedia"
-    encoder: str = ""
-    index: Path | None = None
     retriever: str = "exact"
     memory: Memory = "map"
     ef_search: int = 256
@@ -35,9 +31,6 @@ class EngineOptions:
     device: str = "cpu"
     model_threads: int = 0
     index_threads: int = 0
-    retriever_latency: float = 0.0
-    retriever_concurrency: int = 1
-    pad_to: int = 0
 
     @property
     def threads(self) -> ThreadBudget:
@@ -46,21 +39,62 @@ class EngineOptions:
         index = self.index_threads or share.index
         return ThreadBudget(model=self.model_threads or share.model, index=index, jvm=index)
 
+    def search(self, *, documents: int = 0) -> SearchOptions:
+        """How an index is opened, so that one search can bring so many documents."""
+        return SearchOptions(
+            threads=self.threads.index,
+            memory=self.memory,
+            ef_search=max(self.ef_search, documents),
+            probes=self.probes,
+            depth=max(SearchOptions().depth, documents),
+            jvm_threads=self.threads.jvm,
+        )
+
     def facts(self) -> dict[str, Any]:
         """For a report's environment; folders of data only by their names."""
-        names = {name: path.name if path else None for name, path in (("data", self.data), ("index", self.index))}
-        return asdict(self) | names | {"model_threads": self.threads.model, "index_threads": self.threads.index}
+        given = {name: value.name if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        return given | {"model_threads": self.threads.model, "index_threads": self.threads.index}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingOptions(SearchingOptions):
+    """The same, to serve sessions: a set latency of the retriever, if any, and the size of a session's cache."""
+
+    retriever_latency: float = 0.0
+    retriever_concurrency: int = 1
+    cached_documents: int = Limits().cached_documents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions(ServingOptions):
+    """In-context RaLM: where passages and questions lie.
+
+    The knowledge base is the index folder `index`, searched as `retriever` says, or the passages and embeddings in
+    `data`, searched exactly. Questions come from `data`.
+    """
+
+    data: Path | None = None
+    corpus: str = "wikipedia"
+    encoder: str = ""
+    index: Path | None = None
+    pad_to: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A loaded model and knowledge base. `index` is the retriever without its set latency."""
+    """A loaded model, knowledge base and workload. `index` is the retriever without its set latency."""
 
-    options: EngineOptions
+    options: ServingOptions
     model: LanguageModel
     retriever: Retriever
     index: Retriever
-    questions: QuestionFolder | None
+    workload: Workload
+    questions: QuestionFolder | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """Those of a pipeline over this engine."""
+        return Limits(cached_documents=self.options.cached_documents)
 
     @property
     def description(self) -> str:
@@ -70,16 +104,22 @@ class Engine:
 
 def open_engine(options: EngineOptions) -> Engine:
     """Load everything; blocking, some seconds. Raises `BadModel`, `BadKnowledge` or `MissingExtra`, naming the file."""
-    from ralmspec.retrievers.latency import SetLatency
     from ralmspec.stages.transformers_model import TransformersModel
 
     options.threads.apply()
     index = _from_index(options, options.index) if options.index else _from_data(options, options.data)
-    retriever = index
-    if options.retriever_latency > 0:
-        retriever = SetLatency(index, options.retriever_latency, options.retriever_concurrency)
     model = TransformersModel.load(options.model, device=options.device, dtype=options.dtype)
-    return Engine(options, model, retriever, index, QuestionFolder(options.data) if options.data else None)
+    questions = QuestionFolder(options.data) if options.data else None
+    return Engine(options, model, delayed(index, options), index, InContext(), questions)
+
+
+def delayed(index: Retriever, options: ServingOptions) -> Retriever:
+    """The index as it is, or with a set latency."""
+    from ralmspec.retrievers.latency import SetLatency
+
+    if options.retriever_latency > 0:
+        return SetLatency(index, options.retriever_latency, options.retriever_concurrency)
+    return index
 
 
 def choose_questions(folder: QuestionFolder | None, sets: Sequence[str], count: int) -> list[tuple[str, Question]]:
@@ -94,19 +134,12 @@ def choose_questions(folder: QuestionFolder | None, sets: Sequence[str], count: 
 
 def _from_index(options: EngineOptions, folder: Path) -> Retriever:
     from ralmspec.retrievers.encoder import open_encoder
-    from ralmspec.retrievers.index import SearchOptions, open_index
+    from ralmspec.retrievers.index import open_index
 
     if options.pad_to:
         raise BadKnowledge("an index cannot be padded: use --pad-to with --data alone")
-    search = SearchOptions(
-        threads=options.threads.index,
-        memory=options.memory,
-        ef_search=options.ef_search,
-        probes=options.probes,
-        jvm_threads=options.threads.jvm,
-    )
     encoder = open_encoder(options.encoder, device=options.device) if options.encoder else None
-    return open_index(folder, options.retriever, search, encoder=encoder, device=options.device)
+    return open_index(folder, options.retriever, options.search(), encoder=encoder, device=options.device)
 
 
 def _from_data(options: EngineOptions, folder: Path | None) -> Retriever:

@@ -5,9 +5,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from ralmspec.retrievers.questions import Question
 from ralmspec.stages.arrangement import Arrangement
-from ralmspec.stages.in_context import InContext
 from ralmspec.stages.sampling import Sampling
 
 from .arrangements import Sequential
@@ -45,36 +43,42 @@ class Tally:
 
 async def verify(
     engine: Engine,
-    questions: Sequence[Question],
+    prompts: Sequence[str],
     arrangements: Mapping[str, Arrangement],
     tally: Tally,
     *,
-    workload: InContext,
     max_new_tokens: int,
     sampling: Sampling,
     progress: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Serve every question with RaLMSeq and with every arrangement; what differs becomes a case."""
+    """Serve every prompt with RaLMSeq and with every arrangement; what differs becomes a case."""
+    workload = engine.workload
     bound = workload.bind(engine.model, engine.retriever)
 
     def pipeline(arrangement: Arrangement) -> Pipeline:
-        return Pipeline(model=engine.model, retriever=engine.retriever, workload=workload, speculation=arrangement)
+        return Pipeline(
+            model=engine.model,
+            retriever=engine.retriever,
+            workload=workload,
+            speculation=arrangement,
+            limits=engine.limits,
+        )
 
     async with AsyncExitStack() as stack:
         sequential = await stack.enter_async_context(pipeline(Sequential()))
         others = {n: await stack.enter_async_context(pipeline(a)) for n, a in arrangements.items()}
-        for question in questions:
-            progress(f"RaLMSeq: {question.question}")
-            prompt = question.question
+        for prompt in prompts:
+            progress(f"RaLMSeq: {prompt}")
             reference = await sequential.complete(prompt, max_new_tokens=max_new_tokens, sampling=sampling)
             for name, other in others.items():
-                progress(f"{name}: {question.question}")
+                progress(f"{name}: {prompt}")
                 answer = await other.complete(prompt, max_new_tokens=max_new_tokens, sampling=sampling)
                 difference = differ(
                     reference,
                     answer,
                     prompt=prompt,
                     model=engine.model,
+                    retriever=engine.index,
                     workload=bound,
                     sampling=sampling,
                     dtype=engine.options.dtype,
@@ -85,7 +89,7 @@ async def verify(
                     continue
                 tally.cases.append(
                     Case(
-                        question=question.question,
+                        question=prompt,
                         arrangement=name,
                         position=difference.position,
                         gap=difference.gap,

@@ -8,9 +8,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from .engine import EngineOptions
+from .engine import SearchingOptions
 
-_ENGINE: dict[str, Any] = {
+_OPTIONS: dict[str, Any] = {
     "model": typer.Option(
         help="Language model: a local folder or a hub id (GPT-2, OPT or LLaMA family; safetensors).", show_default=False
     ),
@@ -39,38 +39,50 @@ _ENGINE: dict[str, Any] = {
         min=0.0, help="SIMULATION: every search takes this many seconds, as if the index had resources of its own."
     ),
     "retriever_concurrency": typer.Option(min=1, help="Searches that the simulated retriever serves at once."),
+    "cached_documents": typer.Option(min=1, help="Documents that a session's cache holds, from which it guesses."),
     "pad_to": typer.Option(min=0, help="Pad the index with distractor vectors to this many (labelled)."),
+    "datastore": typer.Option(help="A datastore folder, made by `ralmspec knn build`.", show_default=False),
+    "top_k": typer.Option(min=1, help="Neighbours that condition a token."),
+    "interpolation": typer.Option(min=0.0, max=1.0, help="The neighbours' share of the mixture (lambda)."),
+    "temperature": typer.Option(
+        min=0.0, help="Of the neighbours' distances: weights are exp(-distance / temperature)."
+    ),
+    "successors": typer.Option(min=0, help="Entries after a neighbour that are cached with it."),
 }
-"""How each field of `EngineOptions` looks as an option."""
+"""How each field of the options of engines looks as an option of a command."""
 
 
-def with_engine(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, whose first parameter is `engine_options`, an option for every field of `EngineOptions`."""
-    types = get_type_hints(EngineOptions)
+def with_options(kind: type[SearchingOptions]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command, whose first parameter is `engine_options`, an option for every field of `kind`."""
+    types = get_type_hints(kind)
     shared = [
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
-            annotation=Annotated[types[field.name], _ENGINE[field.name]],
+            annotation=Annotated[types[field.name], _OPTIONS[field.name]],
             default=inspect.Parameter.empty if field.default is MISSING else field.default,
         )
-        for field in fields(EngineOptions)
-    ]
-    own = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in inspect.signature(command, eval_str=True).parameters.values()
-        if parameter.name != "engine_options"
+        for field in fields(kind)
     ]
 
-    def with_options(**given: Any) -> None:
-        options = EngineOptions(**{parameter.name: given.pop(parameter.name) for parameter in shared})
-        command(options, **given)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in inspect.signature(command, eval_str=True).parameters.values()
+            if parameter.name != "engine_options"
+        ]
 
-    parameters = [*own, *shared]
-    with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
-    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return with_options
+        def taking_options(**given: Any) -> None:
+            options = kind(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+            command(options, **given)
+
+        parameters = [*own, *shared]
+        taking_options.__name__, taking_options.__doc__ = command.__name__, command.__doc__
+        taking_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        taking_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return taking_options
+
+    return decorate
 
 
 NewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
@@ -78,6 +90,9 @@ SetsOption = Annotated[
     str, typer.Option("--sets", help="Question sets, with commas between them; 'all' for every set in the data folder.")
 ]
 QuestionsOption = Annotated[int, typer.Option("--questions", min=1, help="Questions from each set.")]
+SamplingTemperatureOption = Annotated[
+    float, typer.Option("--sampling-temperature", min=0.0, help="Of the choice of tokens; 0 is greedy.")
+]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of sampling.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]

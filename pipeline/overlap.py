@@ -6,25 +6,25 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ralmspec.retrievers.base import Query
+from ralmspec.stages.model import Frontier, Prefix
 
 from .engine import Engine
 
 
 def overlap_efficiency(engine: Engine, seconds: float = 0.5) -> dict[str, float]:
     """Decoding beside searching, on this engine; see `side_by_side`. Blocking; about twelve times `seconds`."""
-    from ralmspec.stages.model import Prefix
-
     session = -7  # no served session has a negative number
-    tokens = np.full(200, 5, dtype=np.int64)
-    (query,) = engine.index.encode([Query(text="where two threads meet")])
+    workload = engine.workload.bind(engine.model, engine.index)
+    tokens = np.array((engine.model.encode("where two threads meet") * 50)[:200], dtype=np.int64)
 
-    def decode() -> None:
+    def decode() -> Frontier:
         tokens[-1] = (tokens[-1] + 1) % 50
-        engine.model.forward([Prefix(session=session, tokens=tokens)])
+        return engine.model.forward([Prefix(session=session, tokens=tokens)])[0]
+
+    (query,) = engine.index.encode([workload.query(tokens.tolist(), decode())])
 
     def search() -> None:
-        engine.index.search([query], 1)
+        engine.index.search([query], workload.top_k)
 
     try:
         alone, efficiency = side_by_side(decode, search, seconds)
@@ -34,7 +34,7 @@ def overlap_efficiency(engine: Engine, seconds: float = 0.5) -> dict[str, float]
 
 
 def side_by_side(
-    one: Callable[[], None], other: Callable[[], None], seconds: float = 0.5
+    one: Callable[[], object], other: Callable[[], object], seconds: float = 0.5
 ) -> tuple[tuple[float, float], float]:
     """Time two pieces of work, first one after the other, then in two threads at once.
 
@@ -53,7 +53,7 @@ def side_by_side(
     return (alone[0] / counts[0], alone[1] / counts[1]), (sum(alone) - together) / min(alone)
 
 
-def _repeat(work: Callable[[], None], count: int) -> Callable[[], None]:
+def _repeat(work: Callable[[], object], count: int) -> Callable[[], None]:
     def repeated() -> None:
         for _ in range(count):
             work()
@@ -69,7 +69,7 @@ def _both(works: list[Callable[[], None]]) -> None:
         thread.join()
 
 
-def _once(work: Callable[[], None]) -> float:
+def _once(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

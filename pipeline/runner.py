@@ -62,7 +62,8 @@ class Runner:
 
         inboxes, outboxes = {}, {}
         for place in (Place.LOOKUP, Place.GENERATE, Place.VERIFY, Place.PREFETCH):
-            outboxes[place], inboxes[place] = create_memory_object_stream[Turn](limits.sessions)  # R7
+            turns = limits.sessions * (arrangement.flights if place is Place.VERIFY else 1)  # R7
+            outboxes[place], inboxes[place] = create_memory_object_stream[Turn](turns)
         # A session may have so much unread, and what is in flight can still add a commit and a retraction a step.
         events = limits.sessions * (limits.unread_events + 2 * arrangement.window + 2)
         path = [create_memory_object_stream[Event](events) for _ in range(len(output) + 1 if output else 0)]
@@ -76,11 +77,10 @@ class Runner:
         self._workers = {name: worker(name, number) for name, number in threads.items()}
         live, now, workers = self.switch.live, anyio.current_time, self._workers
         k = max(arrangement.prefetch, workload.top_k)
-        keep = workload.top_k if arrangement.guesses else 0
         cycle: dict[Place, Stage[Turn, Session]] = {
-            Place.LOOKUP: Lookup(live, retriever, workers["encoder"], now),
+            Place.LOOKUP: Lookup(live, retriever, workload, workers["encoder"], now),
             Place.GENERATE: Generate(live, model, workload, workers["model"], now),
-            Place.VERIFY: Verify(live, retriever, workers["index"], now, k=k, keep=keep),
+            Place.VERIFY: Verify(live, retriever, workload, workers["index"], now, k=k),
             Place.PREFETCH: Prefetch(live, retriever, workers["prefetch"], now),
         }
         self._stages: list[tuple[str, Stage[Any, Any], Any, Any]] = []
@@ -110,7 +110,7 @@ class Runner:
             request,
             workload=self._workload,
             arrangement=self._arrangement,
-            cache=SessionCache(self._retriever, capacity=self.limits.cached_documents),
+            cache=self._cache(),
             render=self._model.decode,
             emit=self.switch.emit,
             now=anyio.current_time,
@@ -118,6 +118,9 @@ class Runner:
         sink = self.switch.register(session)
         self._change()
         return sink
+
+    def _cache(self) -> SessionCache | None:
+        return SessionCache(self._retriever, self.limits.cached_documents) if self._arrangement.guesses else None
 
     def refuse_if_closed(self) -> None:
         """Raise what `admit` would raise now."""

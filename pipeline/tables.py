@@ -10,7 +10,7 @@ def comparison_table(report: Comparison) -> Table:
     facts = report.environment
     simulated = ", [yellow]retriever latency simulated[/yellow]" if facts["simulated_latency_s"] else ""
     table = Table(
-        title=f"{facts['questions']} questions, {facts['max_new_tokens']} tokens each{simulated}",
+        title=f"{facts['questions']} prompts, {facts['max_new_tokens']} tokens each{simulated}",
         caption=f"{facts['retriever']}\n"
         f"a = {facts['a_s'] * 1e3:.0f} ms a step, b = {facts['b_s'] * 1e3:.0f} ms a search, "
         f"b/a = {facts['b_over_a']:.2f}; "

@@ -8,8 +8,12 @@
     hnsw, hnsw_build    approximate search in a graph       ivf         approximate search in lists
     bm25, analyzer      sparse search, embedded             latency     any of them, answering in a set time
     lucene, lucene_index, forward, jvm                      sparse search by Lucene, in Java
-    index               opens a retriever from a folder     manifest    what such a folder says of itself
-    index_build, index_parts                                make the folder
+    index               opens a retriever from a folder     datastore   a KNN-LM's entries, and retrievers over them
+    manifest            what such folders say of themselves folder      makes one, and goes on after a kill
+    index_build, index_parts, datastore_build, dense_parts  what goes into it
+    lines, windows      a text by lines; its tokens in overlapping windows
+    model_folder        a model's files, and their checksum
+    faiss_file          reads what faiss has written        ragged      rows of different lengths
 
 Nothing is imported here: each module loads its heavy packages only where it uses them.
 """

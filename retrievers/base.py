@@ -82,7 +82,7 @@ class Retriever(Protocol):
         ...
 
     def score(self, query: Query, rows: NDArray[Any]) -> Scores:
-        """Scores of the documents behind `rows` for one encoded query, float32 [n]. Fast: called on the event loop."""
+        """Scores of the documents behind `rows` for one encoded query, float32 [n]. Fast: a guess takes no longer."""
         ...
 
     def document(self, id: int) -> Document:

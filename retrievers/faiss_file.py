@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadKnowledge
+from .vectors import Vectors
 
 
-def read_faiss(path: Path, *, flags: int, kinds: tuple[type, ...], maker: str, vectors: tuple[int, int]) -> Any:
-    """The index in the file. `vectors` is their number and width, `maker` what writes such files, for the message.
+def read_faiss(path: Path, *, flags: int, kinds: tuple[type, ...], maker: str, vectors: Vectors) -> Any:
+    """The index in the file, over these vectors. `maker` is what writes such files, for the message.
 
     faiss reads many a damaged file without noticing, so a checksum comes first. `BadKnowledge` naming the file for a
-    file that is absent, that faiss cannot read, or that holds no inner-product index of these kinds over as many
-    vectors of that width.
+    file that is absent, that faiss cannot read, or that holds no index of these kinds, by the vectors' metric, over as
+    many vectors of their width.
     """
     import faiss
 
@@ -23,11 +24,11 @@ def read_faiss(path: Path, *, flags: int, kinds: tuple[type, ...], maker: str, v
         raise BadKnowledge(f"{path}: is no index that faiss can read; build it again") from error
     if not isinstance(index, kinds):
         raise BadKnowledge(f"{path}: is no index that {maker} writes")
-    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise BadKnowledge(f"{path}: ranks by another metric than the inner product; build it again")
-    if (index.ntotal, index.d) != vectors:
+    if index.metric_type != vectors.faiss_metric:
+        raise BadKnowledge(f"{path}: ranks by another metric than the {vectors.metric} of its vectors; build it again")
+    if (index.ntotal, index.d) != (len(vectors), vectors.dimension):
         raise BadKnowledge(
             f"{path}: is of {index.ntotal} vectors of {index.d} numbers; "
-            f"these are {vectors[0]} of {vectors[1]}; build it from them"
+            f"these are {len(vectors)} of {vectors.dimension}; build it from them"
         )
     return index

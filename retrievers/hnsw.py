@@ -17,7 +17,7 @@ from .ranking import rank
 
 
 class HNSWDense(OneKernel):
-    """What a walk through the graph finds, scored again by the one kernel, with ties by id.
+    """What a walk through the graph finds, by the vectors' metric, scored again by the one kernel, with ties by id.
 
     The true answer is what this index returns. So that there is only one, faiss is always asked for the same number of
     documents, `ef_search` (it searches as wide as the larger of that and the number asked for, so asking for fewer or
@@ -29,7 +29,8 @@ class HNSWDense(OneKernel):
     are given, looked at where they lie, and shared with any other retriever over them. To hold them in memory,
     pass `Vectors.open(path, memory="copy")`; half precision is walked faster, and scored in float32 all the
     same. faiss reads many a damaged file without noticing, so check the file's checksum first. What is refused here,
-    with `BadKnowledge` naming the file, is anything but such a graph over as many vectors of this width.
+    with `BadKnowledge` naming the file, is anything but such a graph, for the same metric, over as many vectors of
+    this width.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class HNSWDense(OneKernel):
         """What a report calls this retriever."""
         hnsw = self._graph.hnsw
         return (
-            f"HNSW, {len(self):,} x {self._dimension} {self._vectors.kind}, faiss, "
+            f"HNSW, {self._vectors.description}, faiss, "
             f"M {hnsw.nb_neighbors(1)}, efConstruction {hnsw.efConstruction}, efSearch {hnsw.efSearch}"
         )
 
@@ -77,8 +78,8 @@ class HNSWDense(OneKernel):
         return rankings
 
     def _read(self, path: Path) -> Any:
-        kinds, vectors = (self._faiss.IndexHNSWFlat,), (len(self), self._dimension)
-        graph = read_faiss(path, flags=0, kinds=kinds, maker="HNSWDense.build", vectors=vectors)
+        kinds = (self._faiss.IndexHNSWFlat,)
+        graph = read_faiss(path, flags=0, kinds=kinds, maker="HNSWDense.build", vectors=self._vectors)
         if graph.storage is not None:
             raise BadKnowledge(f"{path}: is no index that HNSWDense.build writes: it holds vectors, too")
         return graph
@@ -96,7 +97,7 @@ class HNSWDense(OneKernel):
         checkpoint: int = 32_768,
         tell: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Write the graph over `vectors` to `path`, in one rename at the end. Blocking.
+        """Write the graph over `vectors`, for their metric, to `path`, in one rename at the end. Blocking.
 
         Each vector is linked to `m` others (2·`m` on the lowest level), found by a search `ef_construction` wide.
         `tell` gets the number of vectors in the graph and of all, at the start and after each `chunk`; it may raise to

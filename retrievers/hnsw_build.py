@@ -41,8 +41,10 @@ class HNSWBuild:
             "vectors": [len(self._vectors), self._vectors.dimension, self._vectors.kind],
             "faiss": faiss.__version__,
         }
+        if self._vectors.metric != "inner product":  # the default has no word, so that older checkpoints go on
+            self._arguments["metric"] = self._vectors.metric
         self._read = hashlib.sha256()  # over the vectors that are in the graph, as they are stored
-        self._graph: Any = faiss.IndexHNSWFlat(self._vectors.dimension, m, faiss.METRIC_INNER_PRODUCT)
+        self._graph: Any = faiss.IndexHNSWFlat(self._vectors.dimension, m, self._vectors.faiss_metric)
         self._graph.hnsw.efConstruction = ef_construction
         self._storage = self._vectors.empty_faiss()
         room = len(self._vectors) * self._storage.sa_code_size()

@@ -1,15 +1,16 @@
 """Opens a retriever from an index folder that `ralmspec index build` has made."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .base import Retriever
-from .encoder import NamedQueryEncoder, open_encoder
+from .base import Document, Retriever
+from .encoder import NamedQueryEncoder, QueryEncoder, open_encoder
 from .errors import BadKnowledge
 from .index_parts import DENSE, KINDS, passages_of, vectors_of
 from .manifest import EncoderFacts, Manifest
 from .passages import Passages
-from .vectors import Memory
+from .vectors import Memory, Vectors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,8 @@ class SearchOptions:
     """HNSW: candidates held during a search, and the most documents that one can bring."""
     probes: int = 64
     """IVF: lists that a search looks into."""
+    depth: int = 256
+    """IVF: the most documents that one search can bring."""
     heap_mb: int = 512
     """Lucene: memory of the Java machine."""
     jvm_threads: int = 1
@@ -53,8 +56,8 @@ def open_index(
         raise BadKnowledge(f"{folder}: was built without {', '.join(sorted(lacking))}, which {kind!r} needs")
     manifest.check(folder, needed)
     passages = passages_of(folder)
-    if len(passages) != manifest.passages:
-        raise BadKnowledge(f"{passages.path}: holds {len(passages)} passages, the manifest says {manifest.passages}")
+    if len(passages) != manifest.documents:
+        raise BadKnowledge(f"{passages.path}: holds {len(passages)} passages, the manifest says {manifest.documents}")
     match kind:
         case "bm25":
             from .bm25 import BM25
@@ -70,28 +73,35 @@ def open_index(
                 raise BadKnowledge(f"{folder}: its manifest names no encoder for its vectors; build the index again")
             encoder = encoder or open_encoder(manifest.encoder.name, device=device)
             _same(encoder, manifest.encoder, folder)
-            return _dense(kind, folder, passages, encoder, options)
+            vectors = vectors_of(folder, memory=options.memory)
+            return dense_retriever(kind, folder, passages, vectors, encoder, options)
 
 
-def _dense(
-    kind: str, folder: Path, passages: Passages, encoder: NamedQueryEncoder, options: SearchOptions
+def dense_retriever(
+    kind: str,
+    folder: Path,
+    documents: Passages | Sequence[Document],
+    vectors: Vectors,
+    encoder: QueryEncoder,
+    options: SearchOptions,
 ) -> Retriever:
-    vectors, threads = vectors_of(folder, memory=options.memory), options.threads
+    """The retriever of a dense kind over vectors that are open, by their metric; what was built is in `folder`."""
+    threads = options.threads
     match kind:
         case "hnsw":
             from .hnsw import HNSWDense
 
             graph = folder / "hnsw" / "graph.faiss"
-            return HNSWDense(passages, vectors, graph, encoder, ef_search=options.ef_search, threads=threads)
+            return HNSWDense(documents, vectors, graph, encoder, ef_search=options.ef_search, threads=threads)
         case "ivf":
             from .ivf import IVFDense
 
-            lists = folder / "ivf" / "lists.faiss"
-            return IVFDense(passages, vectors, lists, encoder, probes=options.probes, threads=threads)
+            lists, probes, depth = folder / "ivf" / "lists.faiss", options.probes, options.depth
+            return IVFDense(documents, vectors, lists, encoder, probes=probes, depth=depth, threads=threads)
         case _:
             from .dense import ExactDense
 
-            return ExactDense(passages, vectors, encoder, threads=threads)
+            return ExactDense(documents, vectors, encoder, threads=threads)
 
 
 def _same(encoder: NamedQueryEncoder, facts: EncoderFacts, folder: Path) -> None:

@@ -1,74 +1,53 @@
 """The parts of an index folder, and how each is made: passages, vectors, and one for every kind of retriever."""
 
-import gzip
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .dense_parts import DenseOptions, dense_parts
 from .errors import BadKnowledge
+from .folder import Part, Progress, read_json, write_json
+from .lines import lines
 from .passages import Passages
-from .vectors import DTYPES, Kind, Memory, Vectors, narrow
+from .vectors import DTYPES, Memory, Vectors, narrow
 
 KINDS = ("exact", "hnsw", "ivf", "bm25", "lucene")
 DENSE = frozenset({"exact", "hnsw", "ivf"})
 
-Progress = Callable[[int, int], None]
 _BM25 = {"k1": 0.9, "b": 0.4}  # the paper's, and Lucene's setting for passages
 _EMBEDDED_AT_ONCE = 1024  # passages; what a killed build loses of its vectors is less than this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BuildOptions:
+class BuildOptions(DenseOptions):
     """What to build. `embeddings` is a .npy file of float16 or float32 with one row a passage, made by `encoder`;
-    without it the passages are encoded. `storage` is what vectors are kept in: "float32", "float16" or "bfloat16"."""
+    without it the passages are encoded."""
 
     kinds: tuple[str, ...] = ("exact",)
     encoder: str = "minilm"
     embeddings: Path | None = None
-    storage: Kind = "float32"
-    device: str = "cpu"
-    threads: int = 1
-    hnsw_m: int = 32
-    hnsw_ef_construction: int = 200
-    ivf_lists: int = 0
-    """0: about four times the square root of the number of passages."""
     lucene_heap_mb: int = 512
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if unknown := [kind for kind in self.kinds if kind not in KINDS]:
-            raise ValueError(f"kinds: {', '.join(unknown)}; an index can have {', '.join(KINDS)}")
-        if not self.kinds:
-            raise ValueError(f"kinds: none given; an index can have {', '.join(KINDS)}")
-        if self.storage not in DTYPES:
-            raise ValueError(f"storage: {self.storage!r}; vectors are kept in {', '.join(DTYPES)}")
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """`make(index, target, progress)` writes the part into the folder `target`, reading finished parts in `index`, and
-    returns what the manifest should say of it. One that `resumes` finds in `target` what an earlier run left there."""
-
-    name: str
-    make: Callable[[Path, Path, Progress], dict[str, Any]]
-    resumes: bool = False
+        self.check("an index", self.kinds, KINDS)
 
 
 def parts_of(source: Path, options: BuildOptions) -> list[Part]:
     """The parts that these options ask for, each after those it needs."""
-    parts = [Part("passages", partial(_passages, source))]
-    makers = {"vectors": _vectors, "hnsw": _hnsw, "ivf": _ivf, "bm25": _bm25, "lucene": _lucene}
     wanted = {*options.kinds} | ({"vectors"} if DENSE & {*options.kinds} else set())
-    resuming = ("vectors", "hnsw")
-    parts += [Part(n, partial(make, options), n in resuming) for n, make in makers.items() if n in wanted]
-    return parts
+    offered = [
+        Part("vectors", partial(_vectors, options), resumes=True),
+        *dense_parts(options, vectors_of),
+        Part("bm25", _bm25),
+        Part("lucene", partial(_lucene, options)),
+    ]
+    return [Part("passages", partial(_passages, source)), *(part for part in offered if part.name in wanted)]
 
 
 def passages_of(index: Path) -> Passages:
@@ -82,8 +61,8 @@ def passages_of(index: Path) -> Passages:
 def _passages(source: Path, index: Path, target: Path, progress: Progress) -> dict[str, Any]:
     """A plain copy that can be mapped, every passage numbered by its row; an id of its own is kept as "key"."""
     count, size = 0, source.stat().st_size
-    with source.open("rb") as raw, (target / "passages.jsonl").open("w", encoding="utf-8", newline="\n") as copy:
-        for row, record in _records(source, raw):
+    with (target / "passages.jsonl").open("w", encoding="utf-8", newline="\n") as copy:
+        for row, record, read in _records(source):
             title, text = record.get("title", ""), record.get("text")
             if not isinstance(text, str) or not isinstance(title, str):
                 raise BadKnowledge(f'{source}, line {row + 1}: "text" (and "title", if there is one) must be strings')
@@ -92,26 +71,22 @@ def _passages(source: Path, index: Path, target: Path, progress: Progress) -> di
             copy.write(json.dumps(made, ensure_ascii=False) + "\n")
             count = row + 1
             if count % 1000 == 0:
-                progress(min(raw.tell(), size), size)
+                progress(min(read, size), size)
     if count == 0:
         raise BadKnowledge(f"{source}: the file is empty; expected one JSON object a line")
     progress(size, size)
     return {"count": count, "source": source.name}
 
 
-def _records(source: Path, raw: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-    lines = gzip.GzipFile(fileobj=raw) if source.suffix == ".gz" else raw
-    row = 0
-    try:
-        for row, line in enumerate(lines):
+def _records(source: Path) -> Iterator[tuple[int, dict[str, Any], int]]:
+    for row, line, read in lines(source):
+        try:
             record = json.loads(line)
-            if not isinstance(record, dict):
-                raise BadKnowledge(f"{source}, line {row + 1}: expected a JSON object, found {type(record).__name__}")
-            yield row, record
-    except (OSError, EOFError, zlib.error) as error:
-        raise BadKnowledge(f"{source}: cannot be unpacked ({error}); fetch or write the file again") from error
-    except (ValueError, RecursionError) as error:
-        raise BadKnowledge(f"{source}, line {row + 1}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise BadKnowledge(f"{source}, line {row + 1}: {error}") from error
+        if not isinstance(record, dict):
+            raise BadKnowledge(f"{source}, line {row + 1}: expected a JSON object, found {type(record).__name__}")
+        yield row, record, read
 
 
 # Vectors -----------------------------------------------------------------------------------------------------------
@@ -123,7 +98,7 @@ def _vectors(options: BuildOptions, index: Path, target: Path, progress: Progres
     with passages_of(index) as passages:
         count = len(passages)
         block, maker, encoder = _blocks(options, passages)
-        done = json.loads(noted.read_text()) if noted.exists() else {}
+        done = read_json(noted) if noted.exists() else {}
         begun = done["passages"] if done.get("maker") == maker else 0
         mode: Literal["r+", "w+"] = "r+" if begun else "w+"
         rows = np.lib.format.open_memmap(path, mode, DTYPES[options.storage], (count, encoder["dimension"]))
@@ -131,9 +106,7 @@ def _vectors(options: BuildOptions, index: Path, target: Path, progress: Progres
             stop = min(start + _EMBEDDED_AT_ONCE, count)
             rows[start:stop] = narrow(block(start, stop), options.storage)
             rows.flush()
-            draft = target / "done.new"
-            draft.write_text(json.dumps({"passages": stop, "maker": maker}))
-            draft.replace(noted)
+            write_json(noted, {"passages": stop, "maker": maker})
             progress(stop, count)
     noted.unlink()
     source = options.embeddings.name if options.embeddings is not None else "encoded here"
@@ -168,26 +141,7 @@ def vectors_of(index: Path, memory: Memory = "map") -> Vectors:
 # Kinds -------------------------------------------------------------------------------------------------------------
 
 
-def _hnsw(options: BuildOptions, index: Path, target: Path, progress: Progress) -> dict[str, Any]:
-    from .hnsw import HNSWDense
-
-    settings = {"m": options.hnsw_m, "ef_construction": options.hnsw_ef_construction, "seed": options.seed}
-    path = target / "graph.faiss"
-    HNSWDense.build(vectors_of(index), path, **settings, threads=options.threads, tell=progress)
-    return settings
-
-
-def _ivf(options: BuildOptions, index: Path, target: Path, progress: Progress) -> dict[str, Any]:
-    from .ivf import IVFDense
-
-    vectors = vectors_of(index)
-    lists = options.ivf_lists or max(1, round(4 * len(vectors) ** 0.5))
-    path = target / "lists.faiss"
-    IVFDense.build(vectors, path, lists=lists, seed=options.seed, threads=options.threads, tell=progress)
-    return {"lists": lists, "seed": options.seed}
-
-
-def _bm25(options: BuildOptions, index: Path, target: Path, progress: Progress) -> dict[str, Any]:
+def _bm25(index: Path, target: Path, progress: Progress) -> dict[str, Any]:
     from .bm25 import BM25
 
     with passages_of(index) as passages:

@@ -22,6 +22,8 @@ _BLOCK = 4096  # vectors put into lists at once
 class IVFDense(OneKernel):
     """What faiss finds in the `probes` lists whose centroids are nearest to the query, scored again by the one kernel.
 
+    What is near is said by the vectors' metric.
+
     The true answer is what this index returns, and there is only one: the lists are chosen by the one kernel (faiss
     alone would compare centroids by BLAS, whose sums change with the batch), faiss is always asked for the same number
     of documents, `depth`, each query is scanned in one thread, and equal scores stand in ascending id. So the ranking
@@ -30,7 +32,8 @@ class IVFDense(OneKernel):
 
     `index_path` is a file that `build` wrote for these `vectors`, with a copy of them in the order of the lists; it is
     mapped, not read. faiss does not notice every damage, so check the file's checksum first. What is refused here,
-    with `BadKnowledge` naming the file, is anything but such an index over as many vectors of this width.
+    with `BadKnowledge` naming the file, is anything but such an index, for the same metric, over as many vectors of
+    this width.
     """
 
     def __init__(
@@ -48,8 +51,8 @@ class IVFDense(OneKernel):
             raise ValueError(f"a search is in at least 1 list for at least 1 document, not in {probes} for {depth}")
         super().__init__(passages, vectors, encoder, threads=threads)
         kinds, flags = (self._faiss.IndexIVFFlat, self._faiss.IndexIVFScalarQuantizer), self._faiss.IO_FLAG_MMAP
-        shape = (len(self), self._dimension)
-        self._index = read_faiss(Path(index_path), flags=flags, kinds=kinds, maker="IVFDense.build", vectors=shape)
+        path, maker = Path(index_path), "IVFDense.build"
+        self._index = read_faiss(path, flags=flags, kinds=kinds, maker=maker, vectors=self._vectors)
         lists = self._index.invlists
         held = [one for one in range(self._index.nlist) if lists.list_size(one)]
         self._lists = np.array(held, dtype=np.int64)  # those that are not empty
@@ -60,10 +63,7 @@ class IVFDense(OneKernel):
     @property
     def description(self) -> str:
         """What a report calls this retriever."""
-        return (
-            f"IVF, {len(self):,} x {self._dimension} {self._vectors.kind}, faiss, "
-            f"{self._index.nlist:,} lists, {self._probes} searched"
-        )
+        return f"IVF, {self._vectors.description}, faiss, {self._index.nlist:,} lists, {self._probes} searched"
 
     def search(self, queries: Sequence[Query], k: int) -> list[Ranking]:
         """The k best of each encoded query's lists: at most `depth`, at least one. Blocking."""
@@ -72,7 +72,7 @@ class IVFDense(OneKernel):
     def _scan_lists(self, vector: Vector, k: int) -> Ranking:
         every = np.arange(len(self._centroids), dtype=np.int64)
         nearest = rank(every, self._score_all(vector, self._centroids), self._probes)
-        lists, scores = self._lists[nearest.ids][np.newaxis], nearest.scores[np.newaxis]
+        lists, scores = self._lists[nearest.ids][np.newaxis], nearest.scores[np.newaxis]  # which faiss only passes on
         _, found = self._index.search_preassigned(vector[np.newaxis], self._depth, lists, scores)
         ids = found[0][found[0] >= 0]
         return rank(ids, self._score_ids(vector[np.newaxis], ids[np.newaxis])[0], k)
@@ -91,8 +91,9 @@ class IVFDense(OneKernel):
     ) -> None:
         """Write an index of `vectors` to `path`, in one rename at the end. Blocking.
 
-        `lists` centroids (None: about 4·sqrt(n)) are found by faiss's spherical k-means, in so many `iterations` over
-        `sample` random vectors a list; then each vector is put into the list of its nearest. `tell` gets what is done
+        `lists` centroids (None: about 4·sqrt(n)) are found by faiss's k-means, spherical for the inner product, in so
+        many `iterations` over `sample` random vectors a list; then each vector is put into the list of its nearest, by
+        the vectors' metric, which the index keeps. `tell` gets what is done
         and of how much, in vectors; it may raise to stop. In memory: the sample as float32, and the vectors as they
         are stored. With one thread the file is the same byte for byte for the same vectors, arguments and faiss.
 
@@ -122,8 +123,8 @@ class IVFDense(OneKernel):
 
 def _empty(faiss: Any, vectors: Vectors, lists: int) -> Any:
     """Holds vectors as they are stored: half precision is decoded exactly."""
-    d, metric = vectors.dimension, faiss.METRIC_INNER_PRODUCT
-    quantizer = faiss.IndexFlatIP(d)
+    d, metric = vectors.dimension, vectors.faiss_metric
+    quantizer = faiss.IndexFlatIP(d) if vectors.metric == "inner product" else faiss.IndexFlatL2(d)
     if vectors.kind == "float32":
         return faiss.IndexIVFFlat(quantizer, d, lists, metric)
     coding = faiss.ScalarQuantizer

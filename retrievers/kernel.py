@@ -27,10 +27,17 @@ _Result = TypeVar("_Result")
 class OneKernel:
     """Everything of a dense retriever but `search` and `description`, which its subclasses add.
 
-    **One kernel gives every score:** `fvec_inner_products_by_idx` treats each pair of vectors alone, in float32, so a
-    score depends on the two vectors and on nothing else: not on the batch, the number of threads, where the vectors
-    lie, or which index proposed the document. `score` and every `search` use it, so `score(query, rows(ids))` is bit
-    for bit what `search` reports. Vectors stored in half precision become float32 exactly, before the kernel sees them.
+    A *score* is the inner product, or where the vectors' metric is the squared L2 distance, minus that distance: the
+    larger, the better, either way.
+
+    **One kernel gives every score:** faiss's `fvec_inner_products_by_idx`, or `fvec_L2sqr_by_idx`, which sums squares
+    of differences, so that equal vectors have the distance 0 exactly. Both treat each pair of vectors alone, in
+    float32, so a score depends on the two vectors and on nothing else: not on the batch, the number of threads, where
+    the vectors lie, or which index proposed the document. `score` and every `search` use it, so
+    `score(query, rows(ids))` is bit for bit what `search` reports. Vectors stored in half precision become float32
+    exactly, before the kernel sees them.
+
+    The metric is that of the vectors: `Vectors.open(..., metric=...)`; a file or an array is searched by inner product.
 
     `passages` and vectors that do not fit each other or the encoder raise `BadKnowledge`; a query whose vector is
     missing, misshapen, not finite or too long raises `RetrieverFailed`.
@@ -87,7 +94,7 @@ class OneKernel:
         return self._vectors.take(ids)
 
     def score(self, query: Query, rows: NDArray[Any]) -> Scores:
-        """Inner products of an encoded query with `rows`, float32 [n], bitwise those of `search`."""
+        """Scores of `rows` for an encoded query, float32 [n], bitwise those of `search`; see the class."""
         rows = np.ascontiguousarray(rows, dtype=np.float32)
         if rows.ndim != 2 or rows.shape[1] != self._dimension:
             raise RetrieverFailed(f"rows must be [n, {self._dimension}], not {list(rows.shape)}")
@@ -100,27 +107,32 @@ class OneKernel:
     def _score_ids(self, vectors: NDArray[np.float32], ids: Ids) -> NDArray[np.float32]:
         """Scores of stored documents: query vectors [n, d], ids [n, m] -> [n, m]."""
         if self._vectors.kind == "float32":
-            return self._inner_products(vectors, self._vectors.stored, ids)
-        rows, places = self._vectors.take(ids.ravel()), np.arange(ids.size, dtype=np.int64)
-        return self._inner_products(vectors, rows, places.reshape(ids.shape))
+            return self._kernel(vectors, self._vectors.stored, ids)
+        # One query after the other: what is widened for one stays in the processor's cache.
+        scores = np.empty(ids.shape, dtype=np.float32)
+        for row, vector in enumerate(vectors):
+            scores[row] = self._score_all(vector, self._vectors.take(ids[row]))
+        return scores
 
     def _score_all(self, vector: Vector, rows: NDArray[np.float32]) -> Scores:
         """Scores of all of these rows [n, d] for one query vector: [n]."""
         every = np.arange(len(rows), dtype=np.int64)
-        scores: Scores = self._inner_products(vector[np.newaxis], rows, every[np.newaxis])[0]
+        scores: Scores = self._kernel(vector[np.newaxis], rows, every[np.newaxis])[0]
         return scores
 
-    def _inner_products(
+    def _kernel(
         self, vectors: NDArray[np.float32], rows: NDArray[np.float32], ids: NDArray[np.int64]
     ) -> NDArray[np.float32]:
         """The kernel: vectors [n, d] with rows[ids], ids [n, m] -> [n, m]. All contiguous, every id in rows."""
         (n, m), pointer = ids.shape, self._faiss.swig_ptr
-        products = np.empty((n, m), dtype=np.float32)
+        scores = np.empty((n, m), dtype=np.float32)
+        inner = self._vectors.metric == "inner product"
+        kernel = self._faiss.fvec_inner_products_by_idx if inner else self._faiss.fvec_L2sqr_by_idx
         self._faiss.omp_set_num_threads(1)  # faiss keeps this number for each calling thread
-        self._faiss.fvec_inner_products_by_idx(
-            pointer(products), pointer(vectors), pointer(rows), pointer(ids), self._dimension, n, m
-        )
-        return products
+        kernel(pointer(scores), pointer(vectors), pointer(rows), pointer(ids), self._dimension, n, m)
+        if not inner:
+            np.subtract(np.float32(0), scores, out=scores)  # a difference, so that no distance is no minus zero
+        return scores
 
     def _in_threads(self, work: Callable[[_Part], _Result], parts: Sequence[_Part]) -> list[_Result]:
         """`work` on every part, at most `threads` of them at once, each with one OpenMP thread; results in order."""
@@ -148,6 +160,7 @@ class OneKernel:
         if vector.shape != (self._dimension,):
             raise RetrieverFailed(f"a query's vector must be [{self._dimension}], not {list(vector.shape)}")
         # One comparison refuses NaN, infinity, and whatever could make a score overflow.
-        if not float(np.abs(vector).max()) * self._dimension**0.5 * self._vectors.longest < _LARGEST:
+        length, longest = float(np.abs(vector).max()) * self._dimension**0.5, self._vectors.longest
+        if not (length * longest if self._vectors.metric == "inner product" else (length + longest) ** 2) < _LARGEST:
             raise RetrieverFailed(f"the vector of the query {query.text!r} is not finite, or too long for float32")
         return vector

@@ -1,4 +1,4 @@
-"""What an index folder says of itself: how it was made, and the checksum of every file in it."""
+"""What a folder that was built says of itself: how it was made, and the checksum of every file in it."""
 
 import hashlib
 import json
@@ -9,12 +9,22 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import BadKnowledge
+from .vectors import Metric
 
 NAME = "manifest.json"
 
+Content = Literal["index", "datastore"]
+"""What a folder holds: passages to search, or the tokens of a text, each with the model's state before it."""
+
+METRICS: dict[Content, Metric] = {"index": "inner product", "datastore": "squared L2"}
+_NAMES: dict[Content, tuple[str, str]] = {
+    "index": ("an index folder", "ralmspec index"),
+    "datastore": ("a datastore of KNN-LM", "ralmspec knn"),
+}
+
 
 class FileFacts(BaseModel):
-    """One file; `part` is the part of the index that it belongs to, such as "vectors" or "hnsw"."""
+    """One file; `part` is the part of the folder that it belongs to, such as "vectors" or "hnsw"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,7 +40,8 @@ class FileFacts(BaseModel):
 
 
 class EncoderFacts(BaseModel):
-    """The encoder whose queries the vectors are for; `fingerprint` is a checksum of its weights and settings."""
+    """What the vectors are compared with the output of: a query encoder or, for a datastore, a language model.
+    `fingerprint` is a checksum of its weights and settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,7 +51,8 @@ class EncoderFacts(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The contents of `manifest.json`. `parts` holds what each part was made with, `files` is by relative path.
+    """The contents of `manifest.json`. `documents` counts what a search can find: passages, or a datastore's entries.
+    `parts` holds what each part was made with, `files` is by relative path.
 
     The file ends with a checksum of itself and is accepted only byte for byte as `save` writes it, so that no damage,
     to it or to a file it names, goes unnoticed. That guards against accidents and mix-ups, not against a forger.
@@ -48,11 +60,12 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["ralmspec index 1"] = "ralmspec index 1"
+    format: Literal["ralmspec folder 1"] = "ralmspec folder 1"
+    content: Content
     created: str
-    passages: int
+    documents: int
     encoder: EncoderFacts | None
-    metric: Literal["inner product"] = "inner product"
+    metric: Metric
     parts: dict[str, dict[str, Any]]
     versions: dict[str, str]
     files: dict[str, FileFacts]
@@ -60,24 +73,31 @@ class Manifest(BaseModel):
     @property
     def kinds(self) -> list[str]:
         """The kinds of retriever that the folder can serve."""
-        return [*(["exact"] if "vectors" in self.parts else []), *(self.parts.keys() - {"passages", "vectors"})]
+        exact = ["exact"] if self.parts.keys() & {"vectors", "keys"} else []
+        return exact + [part for part in self.parts if part not in ("passages", "vectors", "tokens", "keys")]
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Raises `BadKnowledge` if there is none, or not one that `save` wrote."""
-        path = folder / NAME
+    def read(cls, folder: Path, content: Content = "index") -> Self:
+        """Raises `BadKnowledge` if there is none, not one that `save` wrote, or one of a folder that holds another
+        content."""
+        path, (name, command) = folder / NAME, _NAMES[content]
         try:
             raw = path.read_bytes()
         except OSError as error:
-            what = "no index folder" if isinstance(error, FileNotFoundError | NotADirectoryError) else str(error)
-            raise BadKnowledge(f"{path}: {what}; make one with `ralmspec index build`") from None
+            absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+            what = f"no {name.partition(' ')[2]}" if absent else str(error)
+            raise BadKnowledge(f"{path}: {what}; make one with `{command} build`") from None
         try:
-            manifest = cls.model_validate_json(json.dumps(json.loads(raw)["index"]), strict=True)
+            manifest = cls.model_validate_json(json.dumps(json.loads(raw)["manifest"]), strict=True)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            raise BadKnowledge(f"{path}: is damaged, or of another version ({detail}); build the index again") from None
+            again = f"build the {content} again"
+            raise BadKnowledge(f"{path}: is damaged, or of another version ({detail}); {again}") from None
         if raw != manifest._sealed():
-            raise BadKnowledge(f"{path}: its checksum does not fit its contents; build the index again")
+            raise BadKnowledge(f"{path}: its checksum does not fit its contents; build the {manifest.content} again")
+        if manifest.content != content:
+            other, its = _NAMES[manifest.content]
+            raise BadKnowledge(f"{folder}: is {other}, not {name}; its commands are those of `{its}`")
         return manifest
 
     def save(self, folder: Path) -> None:
@@ -92,15 +112,16 @@ class Manifest(BaseModel):
             if facts.part in parts:
                 path = folder / name
                 if not path.is_file():
-                    raise BadKnowledge(f"{path}: is missing; build the index again")
+                    raise BadKnowledge(f"{path}: is missing; build the {self.content} again")
                 if path.stat().st_size != facts.bytes or FileFacts.of(path, facts.part) != facts:
-                    raise BadKnowledge(f"{path}: is not the file that the index was built with; build the index again")
+                    it = self.content
+                    raise BadKnowledge(f"{path}: is not the file that the {it} was built with; build the {it} again")
         for path in sorted(path for part in parts for path in (folder / part).rglob("*") if path.is_file()):
             if path.relative_to(folder).as_posix() not in self.files:
-                raise BadKnowledge(f"{path}: does not belong to the index; take it away")
+                raise BadKnowledge(f"{path}: does not belong to the {self.content}; take it away")
 
     def _sealed(self) -> bytes:
-        index = self.model_dump(mode="json")
-        body = json.dumps(index, sort_keys=True, ensure_ascii=False)
+        contents = self.model_dump(mode="json")
+        body = json.dumps(contents, sort_keys=True, ensure_ascii=False)
         seal = hashlib.sha256(body.encode()).hexdigest()
-        return (json.dumps({"index": index, "sha256": seal}, indent=2, ensure_ascii=False) + "\n").encode()
+        return (json.dumps({"manifest": contents, "sha256": seal}, indent=2, ensure_ascii=False) + "\n").encode()

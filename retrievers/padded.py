@@ -26,7 +26,7 @@ class PaddedDense(ExactDense):
     On 100,004 Wikipedia passages padded to 1,000,000, the top 256 of each of 130 queries stayed real up to a norm of
     0.34; the default leaves room below that.
     A report must say that the corpus is padded (`description` does). Distractors follow from `seed`. Everything is
-    held in memory, in float32.
+    held in memory, in float32. Short vectors lose by inner product only: `ValueError` for vectors of another metric.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class PaddedDense(ExactDense):
         blas_threshold: int | None = None,
     ) -> None:
         super().__init__(passages, embeddings, encoder, threads=threads, blas_threshold=blas_threshold)
+        if self._vectors.metric != "inner product":
+            raise ValueError("distractors are short, which makes them poor by inner product only; open the vectors so")
         if pad_to < len(passages):
             raise ValueError(f"cannot pad {len(passages)} passages to {pad_to} vectors")
         self._norm = norm

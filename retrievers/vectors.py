@@ -1,4 +1,4 @@
-"""How vectors are stored, and how they are opened: float32, float16 or bfloat16, mapped or copied."""
+"""How vectors are stored, opened and compared: float32, float16 or bfloat16; inner product or squared L2."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +12,7 @@ from .errors import BadKnowledge
 
 Kind = Literal["float32", "float16", "bfloat16"]
 Memory = Literal["map", "copy", "float32"]
+Metric = Literal["inner product", "squared L2"]
 
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 """numpy has no bfloat16, so its 16 bits stand in a field of that name. The dtype is written into the head of a .npy
@@ -35,13 +36,17 @@ class Vectors:
     `stored`     C-contiguous [n, dimension] of float32, float16, or uint16 (the bits of bfloat16)
     `longest`    the largest length of a vector, right to a thousandth
     `name`       the file, for messages
+    `metric`     by which every index over them compares: the largest inner product or the smallest squared L2 distance
     """
 
-    def __init__(self, stored: NDArray[Any], kind: Kind, longest: float, name: str) -> None:
+    def __init__(
+        self, stored: NDArray[Any], kind: Kind, longest: float, name: str, metric: Metric = "inner product"
+    ) -> None:
         self.stored = stored
         self.kind = kind
         self.longest = longest
         self.name = name
+        self.metric = metric
         self.dimension: int = stored.shape[1]
 
     @classmethod
@@ -52,6 +57,7 @@ class Vectors:
         count: int | None = None,
         dimension: int | None = None,
         memory: Memory = "map",
+        metric: Metric = "inner product",
     ) -> "Vectors":
         """Vectors from a .npy file or an array whose dtype is one of `DTYPES`.
 
@@ -61,8 +67,8 @@ class Vectors:
                      times as long from a map, one of half precision 1.2 times.
         "copy"       in memory, as they are stored
         "float32"    in memory, as float32
-        Whichever it is, everything is read once, block by block, for the checks. `Vectors` are already open, and served
-        as they are.
+        Whichever it is, everything is read once, block by block, for the checks. `metric` is how they are compared.
+        `Vectors` are already open, and served as they are, by the metric they have.
 
         Raises `BadKnowledge`, naming the file, for anything that is not `count` vectors of `dimension` finite numbers.
         """
@@ -71,6 +77,8 @@ class Vectors:
             return source
         if memory not in get_args(Memory):
             raise ValueError(f"vectors are opened with memory {' or '.join(get_args(Memory))}, not {memory!r}")
+        if metric not in get_args(Metric):
+            raise ValueError(f"vectors are compared by {' or '.join(get_args(Metric))}, not {metric!r}")
         name, stored = ("embeddings", source) if isinstance(source, np.ndarray) else _load(Path(source))
         kind = next((kind for kind, dtype in DTYPES.items() if dtype == stored.dtype), None)
         if kind is None:
@@ -94,10 +102,24 @@ class Vectors:
             longest = max(longest, _longest(rows, kind, name, start))
             if held is not stored:
                 held[start : start + _BLOCK] = rows if served == "float32" else block
-        return cls(held, served, longest, name)
+        return cls(held, served, longest, name, metric)
 
     def __len__(self) -> int:
         return len(self.stored)
+
+    @property
+    def description(self) -> str:
+        """What a report calls them: how many, how wide, how stored, and their metric where it is not the usual one."""
+        size = f"{len(self):,} x {self.dimension} {self.kind}"
+        return size if self.metric == "inner product" else f"{size}, {self.metric}"
+
+    @property
+    def faiss_metric(self) -> int:
+        """faiss's number for the metric."""
+        import faiss
+
+        number: int = faiss.METRIC_INNER_PRODUCT if self.metric == "inner product" else faiss.METRIC_L2
+        return number
 
     def block(self, start: int, stop: int) -> NDArray[np.float32]:
         """Vectors start to stop as float32: a view where they are stored so, else a copy."""
@@ -112,7 +134,7 @@ class Vectors:
         return _widen(self.stored[ids], self.kind)
 
     def as_faiss(self, start: int = 0, stop: int | None = None) -> Any:
-        """A faiss index by inner product over vectors start to stop, which looks at them where they lie.
+        """A faiss index by their metric over vectors start to stop, which looks at them where they lie.
 
         It can be searched and stored vectors compared; adding to it would end the process.
         """
@@ -127,14 +149,15 @@ class Vectors:
         return index
 
     def empty_faiss(self) -> Any:
-        """A faiss index by inner product that stores vectors of this width and kind; none are in it."""
+        """A faiss index by their metric that stores vectors of this width and kind; none are in it."""
         import faiss
 
         if self.kind == "float32":
-            return faiss.IndexFlatIP(self.dimension)
+            flat = faiss.IndexFlatIP if self.metric == "inner product" else faiss.IndexFlatL2
+            return flat(self.dimension)
         coding = faiss.ScalarQuantizer
         code = coding.QT_fp16 if self.kind == "float16" else coding.QT_bf16
-        return faiss.IndexScalarQuantizer(self.dimension, code, faiss.METRIC_INNER_PRODUCT)
+        return faiss.IndexScalarQuantizer(self.dimension, code, self.faiss_metric)
 
 
 def narrow(rows: NDArray[Any], kind: Kind) -> NDArray[Any]:

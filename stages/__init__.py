@@ -8,13 +8,15 @@ stops for ever, because one rollback makes several messages. These rules keep it
 and a test holds each.
 
 R1   Admission is one synchronous section: check for a slot, register, enqueue. No slot: `Overloaded`.
-R2   One owner: a session's state changes only in its own sections, on the loop. Threads get immutable inputs.
+R2   One owner: a session's state changes only in its own sections, on the loop. Threads get immutable inputs. Only
+     the caches and the KV memory are theirs: locked, and without a say in any output.
 R3   A rollback is a write, not a message: the epoch rises, what was speculated goes, the true document stands. No wait.
 R4   Stale is harmless: whatever moves names (session, epoch); ids are never used again; what does not match is dropped.
-R5   Credits follow checks: at most K in flight a session, stale ones included; a credit returns whatever happened.
+R5   Credits follow checks: at most K in flight a session, stale ones included, in so many batches as the arrangement
+     allows; a credit returns with the turn that brought its batch to Verify, whatever happened.
 R6   A slot is free only when everything is home: final status, no turn, no credit, no thread call, no end on its way.
-R7   Queues carry turns, one a session, and hold as many as there are slots: no send inside the cycle ever waits.
-     A full queue is a bug, and says so.
+R7   Queues carry turns and hold as many as can be out: one a session, at Verify one for each batch in flight. So no
+     send inside the cycle ever waits. A full queue is a bug, and says so.
 R8   The caller never holds a stage: events wait in a sink of the session's own; too many stop new work of that session.
 R9   Exactly one end: the first `finish` wins. A stream ends with `Done`, and any other end raises.
 R10  Fault scope: one session's fault fails that session, a batch's fault its live members; a dead stage, or a thread

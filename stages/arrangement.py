@@ -11,8 +11,9 @@ class Outlook:
     """What an arrangement may look at.
 
     `queued` checks wait, `flying` ones have been launched and not come home (stale ones included); `newest_flying` says
-    whether the newest step's own check is among those; `stuck` that nothing can be decoded before a verdict (the newest
-    step has no document, the output is complete, or the window is full); `stride` is the session's speculation stride.
+    whether the newest step's own check, as it stands, is among those; `stuck` that nothing can be decoded before a
+    verdict (the newest step has no document, the output is complete, or the window is full); `stride` is the session's
+    speculation stride.
     """
 
     queued: int
@@ -27,7 +28,7 @@ class Arrangement(Protocol):
 
     @property
     def guesses(self) -> bool:
-        """Whether Lookup guesses documents from the session's cache."""
+        """Whether a session has a cache, from which Lookup guesses documents."""
         ...
 
     @property
@@ -40,6 +41,11 @@ class Arrangement(Protocol):
         """K: how many uncommitted steps, and how many checks in flight, a session may have (R5)."""
         ...
 
+    @property
+    def flights(self) -> int:
+        """Batches of checks that a session may have in flight at once."""
+        ...
+
     def stride(self) -> Stride:
         """The stride scheduler for a new session."""
         ...
@@ -49,5 +55,5 @@ class Arrangement(Protocol):
         ...
 
     def checks_due(self, outlook: Outlook) -> bool:
-        """Whether the queued checks go to the knowledge base now (there is at least one)."""
+        """Whether the queued checks go to the knowledge base now (there is one, a credit, and a flight to be had)."""
         ...

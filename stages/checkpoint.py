@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ralmspec.retrievers.errors import MissingExtra
+from ralmspec.retrievers import model_folder
+from ralmspec.retrievers.errors import BadKnowledge, MissingExtra
 
 from .errors import BadModel
+from .feed_forward import FeedForwardInput
 from .tokenizer import PlainTokenizer, token_set
 
 FAMILIES = ("gpt2", "opt", "llama", "mistral", "qwen2")
@@ -21,9 +23,11 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model in memory, ready to decode, and what its files say about it."""
+    """A model in memory, ready to decode, and what its files say about it; `source` is its folder or hub id."""
 
+    source: str
     network: Any
+    feed_forward_input: FeedForwardInput
     tokenizer: PlainTokenizer
     context_length: int
     end_tokens: frozenset[int]
@@ -71,7 +75,27 @@ def read(path_or_hub_id: str | os.PathLike[str], *, device: str, dtype: str) -> 
     network = network.eval().requires_grad_(False).to(device)
     if torch.device(device).type == "cpu" and dtype in ("float32", "float64"):
         _lay_out_for_decoding(network)
-    return Checkpoint(network, tokenizer, int(config.max_position_embeddings), end_tokens, start_tokens)
+    context_length = int(config.max_position_embeddings)
+    return Checkpoint(where, network, FeedForwardInput(network), tokenizer, context_length, end_tokens, start_tokens)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256, in hex, of the weights' and the tokenizer's files as they are now; the same in every dtype and device.
+
+    Raises `BadModel` where they cannot be read any more.
+    """
+    folder = Path(checkpoint.source)
+    try:
+        if not folder.is_dir():
+            from transformers.utils.hub import cached_file
+
+            revision = getattr(checkpoint.network.config, "_commit_hash", None)
+            with _reading(checkpoint.source, "config.json"):
+                found = cached_file(checkpoint.source, "config.json", _commit_hash=revision)
+            folder = Path(str(found)).parent
+        return model_folder.fingerprint(folder)
+    except BadKnowledge as error:
+        raise BadModel(str(error)) from error
 
 
 def _folder_or_hub_id(path_or_hub_id: str | os.PathLike[str]) -> str:

@@ -31,9 +31,13 @@ class CycleStage(Generic[Work, Result]):
         self._now = now
         self._batch = batch
 
-    def take(self, session: Session) -> Work | None:
+    def take(self, session: Session, turn: Turn) -> Work | None:
         """A section: what there is to do for this session now, if anything."""
         raise NotImplementedError
+
+    def at_once(self, work: Work) -> Result | None:
+        """On the loop: the result, if it can be had without the worker."""
+        return None
 
     def work(self, batch: list[Work]) -> list[Result | Exception]:
         """In the worker: a result for each, in order; an exception stands for the fault of one session alone."""
@@ -58,16 +62,20 @@ class CycleStage(Generic[Work, Result]):
             for turn, session in at_hand:
                 if not session.is_stale(turn.epoch):  # R4
                     with _fault_of(session):
-                        if (work := self.take(session)) is not None:
+                        if (work := self.take(session, turn)) is None:
+                            continue
+                        if (result := self.at_once(work)) is None:
                             taken.append((turn, session, work))
+                        else:
+                            self.give(session, work, result, turn, self._now())
             if taken:
                 start = self._now()
                 results = await self._worker.call(self.work, [work for _, _, work in taken])
-                for (turn, session, work), result in zip(taken, results, strict=True):
+                for (turn, session, work), outcome in zip(taken, results, strict=True):
                     with _fault_of(session):
-                        if isinstance(result, Exception):
-                            raise result
-                        self.give(session, work, result, turn, start)
+                        if isinstance(outcome, Exception):
+                            raise outcome
+                        self.give(session, work, outcome, turn, start)
         except FATAL:
             raise
         except Exception as error:  # the batch's fault fails its live members, each with an error of its own (R10)

@@ -9,15 +9,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from ralmspec.retrievers.base import Query, Ranking, Retriever
+from ralmspec.retrievers.base import Ids, Query, Ranking, Retriever
 
-from .errors import DocumentTooLong, EmptyPrompt, PromptTooLong
-from .messages import Source
+from .errors import DocumentTooLong
+from .messages import Check, Source
 from .model import Frontier, LanguageModel, Tokens
-from .sampling import Sampling
-
-_CHARACTERS_PER_TOKEN = 64
-"""A prompt is cut to this many characters per allowed token before it is tokenised, so that a huge one costs little."""
+from .prompt import read_prompt
+from .sampling import Logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +46,7 @@ class BoundInContext:
     """In-context RaLM on one model and one knowledge base."""
 
     top_k = 1
+    asks_with_frontier = False
 
     def __init__(self, settings: InContext, model: LanguageModel, retriever: Retriever) -> None:
         self.settings = settings
@@ -60,41 +59,34 @@ class BoundInContext:
 
     def prompt(self, text: str) -> tuple[list[int], int]:
         """Tokens of the prompt, cut on the left to `max_prompt_tokens`, and how many were cut."""
-        if not text.strip():
-            raise EmptyPrompt("the prompt is empty: give at least one word to retrieve with")
-        limit = self.settings.max_prompt_tokens
-        characters = limit * _CHARACTERS_PER_TOKEN
-        if len(text) > characters and not self.settings.truncate:
-            raise PromptTooLong(f"the prompt has {len(text)} characters, far more than the {limit} tokens allowed")
-        dropped = len(text) - characters if len(text) > characters else 0
-        tokens = self._model.encode(text[dropped:])
-        cut = max(0, len(tokens) - limit)
-        if cut and not self.settings.truncate:
-            raise PromptTooLong(f"the prompt has {len(tokens)} tokens, {limit} are allowed: shorten it or truncate")
-        # Characters dropped unseen are counted as the tokens they would have been at the rate of the rest.
-        unseen = round(dropped * len(tokens) / (len(text) - dropped)) if dropped else 0
-        return tokens[cut:], cut + unseen
+        settings = self.settings
+        return read_prompt(self._model, text, limit=settings.max_prompt_tokens, truncate=settings.truncate)
 
     def room(self) -> int:
         """Longest prefix before the first generated token."""
         return len(self._model.start_tokens) + self.settings.max_document_tokens + self.settings.max_prompt_tokens
 
-    def query(self, context: Sequence[int]) -> Query:
+    def query(self, context: Sequence[int], frontier: Frontier | None) -> Query:
         """The last `query_tokens` tokens as text."""
         return Query(text=self._model.decode(context[-self.settings.query_tokens :]))
 
-    def prefix(self, context: Sequence[int], retrieved: Ranking) -> Tokens:
+    def prefix(self, context: Sequence[int], retrieved: Ranking | None) -> Tokens:
         """Document, then context."""
+        assert retrieved is not None, "the document stands in the prefix"
         document, _ = self._document(int(retrieved.ids[0]))
         return np.concatenate((document, np.asarray(context, dtype=np.int64)))
 
-    def choose(self, frontier: Frontier, retrieved: Ranking, position: int, sampling: Sampling) -> int:
-        """The model's own choice; the document has already spoken through the prefix."""
-        return sampling.pick(frontier.logits, position)
+    def logits(self, frontier: Frontier, retrieved: Ranking) -> Logits:
+        """The model's own; the document has already spoken through the prefix."""
+        return frontier.logits
 
-    def agree(self, guess: Ranking, truth: Ranking) -> bool:
+    def agree(self, check: Check, truth: Ranking) -> bool:
         """Same document."""
-        return bool(guess.ids[0] == truth.ids[0])
+        return check.guess is not None and bool(check.guess.ids[0] == truth.ids[0])
+
+    def around(self, ids: Ids) -> Ids:
+        """What was found."""
+        return ids
 
     def source(self, retrieved: Ranking) -> Source:
         """The document with its title and score."""

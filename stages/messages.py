@@ -7,21 +7,24 @@ overflow. A `Pass`, a `Check` and a `Verdict` are the immutable inputs and resul
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from numpy.typing import NDArray
+from ralmspec.retrievers.base import Ids, Query, Ranking
+from ralmspec.retrievers.cache import SessionCache
 
-from ralmspec.retrievers.base import Query, Ranking
-
-from .sampling import Sampling
+from .model import Frontier
+from .request import Request
 
 if TYPE_CHECKING:
     from .statistics import Statistics
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Message:
-    """Belongs to a session; `epoch` is the number of rollbacks the session had had when it was made."""
+    """Belongs to a session; `epoch` is the number of rollbacks the session had had when it was made.
+
+    A message is the same as itself only.
+    """
 
     session: int
     epoch: int
@@ -37,50 +40,74 @@ class Place(Enum):
     OUTPUT = "output"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Turn(Message):
     """A session's turn at a stage; what is to be done there, the session knows. `issued` in seconds.
 
-    A stale turn only goes home: the switch then issues one that fits.
+    A turn at Verify brings its `checks` along, since several may be out at once. A stale turn only goes home: the
+    switch then issues one that fits.
     """
 
     place: Place
     issued: float
+    checks: "tuple[Check, ...]" = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pass(Message):
     """One forward pass: the next token of `step`, after `context`, under the retrieved documents.
 
-    `position` counts generated tokens from 0; `context` is the prompt and all that was generated before.
+    `position` counts generated tokens from 0; `context` is the prompt and all that was generated before. Where queries
+    need the frontier, `frontier` is that of the context, so the token is chosen first, and the pass brings the frontier
+    behind it. Without a frontier and without documents the pass only reads: it brings the frontier of the context.
     """
 
     step: int
     position: int
     context: tuple[int, ...]
-    retrieved: Ranking
-    sampling: Sampling
+    retrieved: Ranking | None
+    frontier: Frontier | None
+    request: Request
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoded:
+    """What a forward pass brings: a token, or the frontier behind it, or both."""
+
+    token: int | None
+    frontier: Frontier | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Check(Message):
-    """A step's query, to be put to the knowledge base."""
+    """A step's query, to be put to the knowledge base, and what is needed to judge the step's guess, if it has one.
+
+    Where the query was made from a frontier, that comes along: the step's one token, at `position`, can be chosen from
+    it under the guess and under the true documents, with no forward pass. `cache` gets what is found, if there is one.
+    """
 
     step: int
     query: Query
+    guess: Ranking | None
+    position: int
+    frontier: Frontier | None
+    request: Request
+    cache: SessionCache | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Verdict(Message):
-    """What the knowledge base says of a step's query. `truth` holds the documents of one search, best first.
+    """What the knowledge base says of a step's query. `truth` holds the documents of one search, best first; `right`
+    says whether the step, begun under its guess, is what it would be under the truth.
 
-    `rows` is what the session's cache needs of the documents that condition the step (the first ones of `truth`), None
-    where no cache is used.
+    The documents that condition the step (the first ones of `truth`) are in the session's cache by now, if there is
+    one; `wanted` are others that should be.
     """
 
     step: int
     truth: Ranking
-    rows: NDArray[Any] | None
+    right: bool
+    wanted: Ids
 
 
 @dataclass(frozen=True, slots=True)

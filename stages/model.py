@@ -25,10 +25,13 @@ class Prefix:
 class Frontier:
     """What the model knows at the end of a prefix.
 
-    `logits` float32 or float64 [vocabulary] of the next token.
+    `logits` float32 or float64 [vocabulary] of the next token. `key`, where the model has one, is float32
+    [key_dimension]: its hidden state at the prefix's last token as it enters the last feed-forward layer. The same
+    prefix gives the same key up to the model's rounding, so it can be looked up in a datastore of such states.
     """
 
     logits: NDArray[np.floating[Any]]
+    key: NDArray[np.float32] | None = None
 
 
 class LanguageModel(Protocol):

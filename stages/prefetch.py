@@ -1,12 +1,9 @@
 """Prefetch: fills the sessions' caches with the wide rest of what searches have found, beside everything else."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ralmspec.retrievers.base import Ids, Retriever
+from ralmspec.retrievers.cache import SessionCache
 from ralmspec.retrievers.errors import RetrieverFailed
 
 from .cycle import CycleStage
@@ -14,8 +11,10 @@ from .messages import Turn
 from .session import Session
 from .stage import Worker
 
+Wanted = tuple[SessionCache, Ids]
 
-class Prefetch(CycleStage[Ids, NDArray[Any]]):
+
+class Prefetch(CycleStage[Wanted, int]):
     """Fetches rows by id. Late or dropped work costs guesses, never outputs."""
 
     def __init__(
@@ -24,22 +23,25 @@ class Prefetch(CycleStage[Ids, NDArray[Any]]):
         super().__init__(sessions, worker, now)
         self._retriever = retriever
 
-    def take(self, session: Session) -> Ids | None:
-        """Documents that the session's cache lacks."""
+    def take(self, session: Session, turn: Turn) -> Wanted | None:
+        """Documents for the session's cache."""
         ids = session.take_wanted()
-        return ids if len(ids) else None
+        return (session.cache, ids) if session.cache is not None and len(ids) else None
 
-    def work(self, batch: list[Ids]) -> list[NDArray[Any] | Exception]:
-        """One read for all, then a part for each."""
+    def work(self, batch: list[Wanted]) -> list[int | Exception]:
+        """Those that the cache lacks by now, as many as it holds."""
         try:
-            rows = self._retriever.rows(np.concatenate(batch))
+            return [self._fetch(cache, ids) for cache, ids in batch]
         except RetrieverFailed:
             raise
         except Exception as error:
             raise RetrieverFailed(f"reading rows raised {type(error).__name__}: {error}") from error
-        return [*np.split(rows, np.cumsum([len(ids) for ids in batch])[:-1])]
 
-    def give(self, session: Session, work: Ids, result: NDArray[Any], turn: Turn, start: float) -> None:
-        """Rows for the cache."""
-        session.fetched(work, result)
-        session.span("prefetch", start, epoch=turn.epoch, note=f"{len(work)} documents")
+    def _fetch(self, cache: SessionCache, ids: Ids) -> int:
+        missing = cache.missing(ids)[: cache.capacity]
+        cache.insert(missing, self._retriever.rows(missing))
+        return len(missing)
+
+    def give(self, session: Session, work: Wanted, result: int, turn: Turn, start: float) -> None:
+        """What was fetched is in the cache."""
+        session.span("prefetch", start, epoch=turn.epoch, note=f"{result} documents")

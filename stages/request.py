@@ -29,3 +29,7 @@ class Request:
     deadline: float = float("inf")
     unread_limit: int = 64
     """Events that may wait for the caller before the session begins no new work."""
+
+    def ends(self, token: int, position: int) -> bool:
+        """Whether the output ends with this token, the generated one at `position` (from 0)."""
+        return token in self.end_tokens or position + 1 == self.max_new_tokens

@@ -4,34 +4,36 @@ Every method is a *section*: synchronous, run on the event loop, never interrupt
 call sections; after each, the `Switch` looks where the session is due next.
 
     question, looked             Lookup takes the next query, and brings it back encoded: a step begins, maybe guessed
-    next_pass, decoded           Generate takes one forward pass, and brings its token
+    next_pass, decoded           Generate takes one forward pass, and brings its token, or the frontier
     launch, take_checks, judge   Verify is given the checks that are due, and brings verdicts: commit, or ROLLBACK
-    take_wanted, fetched         Prefetch takes ids, and brings what the cache keeps of them
+    take_wanted                  Prefetch takes ids for the cache
     finish                       the one end
 
-`move` and `checks_due` say what is due; `out` says what has not come home. At most one batch of checks is out, so
-verdicts come in step order.
+`move` and `checks_due` say what is due; `out` and `checks.flying` say what has not come home. Several batches of checks
+may fly; their verdicts are applied in step order.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ralmspec.retrievers.base import Ids, Query, Ranking
 from ralmspec.retrievers.cache import SessionCache
 
 from .arrangement import Arrangement, Outlook
-from .messages import Check, Committed, Done, Drafted, Event, Pass, Place, RolledBack, Turn, Verdict
+from .checks import Checks
+from .messages import Check, Committed, Decoded, Done, Drafted, Event, Pass, Place, RolledBack, Turn, Verdict
+from .model import Frontier
 from .request import Request, Status
 from .statistics import Statistics
 from .step import Move, Step
 from .text import TextStream
 from .trace import Trace
 from .workload import BoundWorkload
+
+NOTHING: Ids = np.empty(0, dtype=np.int64)
 
 
 class Session:
@@ -44,7 +46,7 @@ class Session:
         *,
         workload: BoundWorkload,
         arrangement: Arrangement,
-        cache: SessionCache,
+        cache: SessionCache | None,
         render: Callable[[Sequence[int]], str],
         emit: Callable[[Event], None],
         now: Callable[[], float],
@@ -59,12 +61,12 @@ class Session:
         self.status = Status.LIVE
         self.error: BaseException | None = None
         self.context = list(request.prompt)  # prompt, committed and drafted tokens
+        self.frontier: Frontier | None = None  # at the end of the context, where queries need it
         self.committed: list[int] = []
         self.steps: deque[Step] = deque()
-        self.checks: deque[Check] = deque()  # of newest steps only, so there are steps where there are checks
-        self.flying: list[Check] = []  # one credit each, stale ones included, until Verify's turn is home (R5)
+        self.checks = Checks(arrangement.window)
         self.wanted: deque[Ids] = deque(maxlen=arrangement.window)
-        self.out: set[Place] = set()
+        self.out: set[Place] = set()  # Verify's turns are counted in `checks.flying`
         self.unread = 0  # events on their way to the caller, or waiting for it
         self.statistics = Statistics(prompt_tokens=len(request.prompt), prompt_tokens_cut=request.prompt_tokens_cut)
         self.trace = Trace(id) if request.trace else None
@@ -86,7 +88,7 @@ class Session:
     @property
     def home(self) -> bool:
         """Nothing of this session is anywhere: no turn, no check, no thread call, no end on its way (R6)."""
-        return not self.out and not self.flying
+        return not self.out and not self.checks.flying
 
     @property
     def blocked_by_reader(self) -> bool:
@@ -99,7 +101,9 @@ class Session:
         if self.final or self.blocked_by_reader:
             return None
         if not self.steps or self.steps[-1].complete:
-            return None if self._complete or self._window_full else Move.LOOK
+            if self._complete or self._window_full:
+                return None
+            return Move.DECODE if self.workload.asks_with_frontier and self.frontier is None else Move.LOOK
         newest = self.steps[-1]
         if newest.retrieved is None:
             return None
@@ -110,7 +114,10 @@ class Session:
     @property
     def checks_due(self) -> bool:
         """Whether queued checks should go to the knowledge base now."""
-        return bool(self.checks) and not self.final and self.arrangement.checks_due(self._outlook())
+        checks = self.checks
+        if self.final or not checks.queued or checks.credits_out >= checks.window:
+            return False
+        return len(checks.flying) < self.arrangement.flights and self.arrangement.checks_due(self._outlook())
 
     @property
     def _window_full(self) -> bool:
@@ -119,9 +126,9 @@ class Session:
     def _outlook(self) -> Outlook:
         newest = self.steps[-1]
         return Outlook(
-            queued=len(self.checks),
-            flying=len(self.flying),
-            newest_flying=bool(self.flying) and newest.index <= self.flying[-1].step,
+            queued=len(self.checks.queued),
+            flying=self.checks.credits_out,
+            newest_flying=self.checks.flies(newest.index, self.epoch),
             stuck=self._complete or newest.retrieved is None or (newest.complete and self._window_full),
             stride=self.stride.length,
         )
@@ -132,10 +139,11 @@ class Session:
 
     def come_home(self, turn: Turn) -> None:
         """A turn has come home, whatever became of it; with Verify's, the credits of its checks (R5)."""
-        self.out.discard(turn.place)
         self.progress = self._now()
         if turn.place is Place.VERIFY:
-            self.flying.clear()
+            self.checks.land(turn.checks)
+        else:
+            self.out.discard(turn.place)
 
     def heard(self) -> None:
         """One event fewer waits for the caller. A reader that was away does not count as the session's own delay."""
@@ -147,30 +155,41 @@ class Session:
         """Count everything as home; only once no stage runs any more and nothing can come."""
         assert self.final, "a live session cannot write off what is out"
         self.out.clear()
-        self.flying.clear()
+        self.checks.flying.clear()
 
     def __repr__(self) -> str:
         out = ", ".join(sorted(place.value for place in self.out)) or "nothing"
+        queued, flying = len(self.checks.queued), self.checks.credits_out
         return (
             f"<session {self.id} {self.status.value}: epoch {self.epoch}, {len(self.committed)} tokens committed, "
-            f"{len(self.steps)} steps open, {len(self.checks)} checks queued, {len(self.flying)} flying, {out} out>"
+            f"{len(self.steps)} steps open, {queued} checks queued, {flying} flying, {out} out>"
         )
 
     # Lookup --------------------------------------------------------------------------------------------------------
 
     def question(self) -> Query:
         """The query of the next step; may raise what the workload raises."""
-        return self.workload.query(self.context)
+        return self.workload.query(self.context, self.frontier)
 
-    def looked(self, epoch: int, query: Query, seconds: float) -> None:
+    def looked(self, epoch: int, query: Query, guess: Ranking | None, seconds: float) -> None:
         """A step begins: under the cache's best guess if there is one, and with its check queued."""
         self.statistics.busy_s += seconds
         if self.is_stale(epoch):
             return
-        guess = self.cache.best(query, self.workload.top_k) if self.arrangement.guesses else None
-        start = len(self.context) - len(self.request.prompt)
-        self.steps.append(Step(index=self._steps_begun, start=start, retrieved=guess, busy_s=seconds))
-        self.checks.append(Check(session=self.id, epoch=self.epoch, step=self._steps_begun, query=query))
+        index, start = self._steps_begun, len(self.context) - len(self.request.prompt)
+        self.steps.append(Step(index=index, start=start, retrieved=guess, frontier=self.frontier, busy_s=seconds))
+        check = Check(
+            session=self.id,
+            epoch=self.epoch,
+            step=index,
+            query=query,
+            guess=guess,
+            position=start,
+            frontier=self.frontier,
+            request=self.request,
+            cache=self.cache,
+        )
+        self.checks.queued.append(check)
         self._steps_begun += 1
 
     # Generate ------------------------------------------------------------------------------------------------------
@@ -179,29 +198,33 @@ class Session:
         """The next forward pass, or None where the turn's reason has gone meanwhile."""
         if self.move is not Move.DECODE:
             return None
-        step = self.steps[-1]
-        assert step.retrieved is not None
+        newest = self.steps[-1] if self.steps and not self.steps[-1].complete else None
         return Pass(
             session=self.id,
             epoch=self.epoch,
-            step=step.index,
-            position=step.start + len(step.tokens),
+            step=newest.index if newest else self._steps_begun,
+            position=len(self.context) - len(self.request.prompt),
             context=tuple(self.context),
-            retrieved=step.retrieved,
-            sampling=self.request.sampling,
+            retrieved=newest.retrieved if newest else None,
+            frontier=self.frontier,
+            request=self.request,
         )
 
-    def decoded(self, made: Pass, token: int, seconds: float) -> None:
-        """A token has come; a stale one is dropped, which is how a rollback interrupts a stride."""
+    def decoded(self, made: Pass, brought: Decoded, seconds: float) -> None:
+        """A pass has come home; a stale one is dropped, which is how a rollback interrupts a stride."""
         self.statistics.busy_s += seconds
+        token = brought.token
         if self.is_stale(made.epoch):
-            self.statistics.wasted_tokens += 1
+            self.statistics.wasted_tokens += token is not None
+            return
+        self.frontier = brought.frontier
+        if token is None or made.retrieved is None:
             return
         step = self.steps[-1]
         step.tokens.append(token)
         step.busy_s += seconds
         self.context.append(token)
-        ends = token in self.request.end_tokens or made.position + 1 == self.request.max_new_tokens
+        ends = self.request.ends(token, made.position)
         step.complete = ends or len(step.tokens) == self.workload.retrieval_stride
         self._complete = ends  # provisional while the step is a draft
         if step.complete:
@@ -214,54 +237,51 @@ class Session:
 
     # Verify --------------------------------------------------------------------------------------------------------
 
-    def launch(self) -> None:
-        """What is due leaves for the knowledge base, oldest first, a credit with each; from now on it is flying."""
-        self.flying = [self.checks.popleft() for _ in range(min(len(self.checks), self.arrangement.window))]
+    def launch(self) -> tuple[Check, ...]:
+        """What is due leaves for the knowledge base, a credit with each; the turn at Verify brings it along."""
+        return self.checks.launch()
 
-    def take_checks(self) -> list[Check]:
+    def take_checks(self, turn: Turn) -> tuple[Check, ...]:
         """Verify takes what was launched."""
         self.statistics.kb_calls += 1
-        self.statistics.kb_queries += len(self.flying)
-        return list(self.flying)
+        self.statistics.kb_queries += len(turn.checks)
+        return turn.checks
 
     def judge(self, verdicts: Sequence[Verdict], *, search_s: float, verification_s: float) -> None:
-        """Verdicts of one search, in step order: steps become certain, or the first wrong one is rolled back.
+        """Verdicts of one search: in step order, steps become certain, or the first wrong one is rolled back.
 
-        `search_s` is the time of the search, `verification_s` that from launch to verdict.
+        One that comes before those of earlier steps waits for them. `search_s` is the time of the search,
+        `verification_s` that from launch to verdict.
         """
         self.statistics.search_s += search_s
         if self.final:
             return
-        checked = matched = 0
-        for verdict in verdicts:
-            self._remember(verdict)
-            if verdict.epoch != self.epoch:  # a step before it was wrong
-                continue
+        self.checks.early |= {verdict.step: verdict for verdict in verdicts if verdict.epoch == self.epoch}
+        guessed, matched, applied = 0, 0, []
+        while verdict := self._next_verdict():
+            applied.append(verdict)
             step = self.steps[verdict.step - self.steps[0].index]
             truth = verdict.truth.top(self.workload.top_k)
-            guessed, right = step.retrieved is not None, True
-            if step.retrieved is not None and not (right := self.workload.agree(step.retrieved, truth)):
+            guessed += step.retrieved is not None
+            matched += step.retrieved is not None and verdict.right
+            if step.retrieved is not None and not verdict.right:
                 self._roll_back(step, truth)
             step.retrieved, step.certain = truth, True
-            checked, matched = checked + guessed, matched + (guessed and right)
-        self.statistics.checked += checked
+        for verdict in sorted(verdicts, key=lambda verdict: verdict in applied):  # what stands comes last, so it counts
+            if len(verdict.wanted):
+                self.wanted.append(verdict.wanted)
+        self.statistics.checked += guessed
         self.statistics.matched += matched
-        if checked:
+        if guessed:
             mean = sum(self._decoded_s) / len(self._decoded_s) if self._decoded_s else None
-            self.stride.observe(matched=matched, checked=len(verdicts), step_s=mean, verification_s=verification_s)
+            self.stride.observe(matched=matched, checked=len(applied), step_s=mean, verification_s=verification_s)
         self._decoded_s.clear()
         self._commit()
 
-    def _remember(self, verdict: Verdict) -> None:
-        """Every document that was found enters the cache, after a wrong guess too: a cache only guesses.
-
-        The ones that condition a step enter now, before the session acts again; the wide rest goes through Prefetch.
-        """
-        top_k = self.workload.top_k
-        if verdict.rows is not None:
-            self.cache.insert(verdict.truth.ids[:top_k], verdict.rows)
-            if len(verdict.truth.ids) > top_k:
-                self.wanted.append(verdict.truth.ids[top_k:])
+    def _next_verdict(self) -> Verdict | None:
+        """The verdict of the oldest step that has none, if it is here."""
+        step = next((step for step in self.steps if not step.certain), None)
+        return self.checks.early.pop(step.index, None) if step else None
 
     def _roll_back(self, step: Step, truth: Ranking) -> None:
         """Back to the start of `step`: a write, and never a wait (R3). What is under way is stale from here on."""
@@ -269,9 +289,10 @@ class Session:
         start = len(self.request.prompt) + step.start
         dropped = len(self.context) - start
         del self.context[start:]
+        self.frontier = step.frontier
         while self.steps[-1] is not step:
             self.steps.pop()
-        self.checks.clear()
+        self.checks.drop()
         self._steps_begun = step.index + 1
         self._complete = step.complete = False
         step.tokens.clear()
@@ -287,15 +308,10 @@ class Session:
     # Prefetch ------------------------------------------------------------------------------------------------------
 
     def take_wanted(self) -> Ids:
-        """Documents whose rows the cache should get, each once, those it already has left out."""
-        wanted = dict.fromkeys(id for ids in self.wanted for id in ids.tolist() if id not in self.cache)
+        """Documents that the cache should get, those of the last verdict first; the epoch does not matter to it."""
+        wanted = np.concatenate([*reversed(self.wanted)]) if self.wanted else NOTHING
         self.wanted.clear()
-        return np.fromiter(wanted, dtype=np.int64, count=len(wanted))
-
-    def fetched(self, ids: Ids, rows: NDArray[Any]) -> None:
-        """Rows have come; the epoch does not matter to a cache."""
-        if not self.final:
-            self.cache.insert(ids, rows)
+        return wanted
 
     # Ends ----------------------------------------------------------------------------------------------------------
 
@@ -306,7 +322,8 @@ class Session:
         assert status is not Status.FAILED or error is not None, "a failure must say why"
         self.status, self.error = status, error
         self.epoch += 1
-        self.checks.clear()
+        self.frontier = None
+        self.checks.drop()
         self.wanted.clear()
         self.steps.clear()
         self.statistics.new_tokens = len(self.committed)

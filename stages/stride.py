@@ -1,5 +1,6 @@
 """How far to speculate before asking: a fixed stride, or the paper's scheduler OS3 (paper, section 3)."""
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,6 +111,23 @@ class OS3Stride:
         while stride < self._settings.longest and worth(stride + 1) >= worth(stride):
             stride += 1
         self.length = stride
+
+
+class PacedStride:
+    """Spreads `flights` verifications evenly over the time that one of them takes: ceil(b / (a · flights)) checks each.
+
+    Bounded by `longest`. a and b are the last measured ones; until there are any, every check is worth a flight.
+    """
+
+    def __init__(self, flights: int, longest: int) -> None:
+        self.length = 1
+        self._flights = flights
+        self._longest = longest
+
+    def observe(self, *, matched: int, checked: int, step_s: float | None, verification_s: float) -> None:
+        """Learn a and b."""
+        if step_s:
+            self.length = min(max(1, math.ceil(verification_s / step_s / self._flights)), self._longest)
 
 
 def expected_advance(stride: int, gamma: float) -> float:

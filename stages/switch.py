@@ -1,8 +1,8 @@
 """Sends every session on to the stages where it is due, and its events on to the caller.
 
 All stages of the cycle give their sessions back to the one `Switch`; nothing else puts anything into a queue. A session
-has at most one turn in Lookup or Generate, one in Verify and one in Prefetch, so queues as long as there may be live
-sessions cannot be full, and no send inside the cycle ever waits (R5 to R7).
+has at most one turn in Lookup or Generate, one in Prefetch and `flights` in Verify, so queues as long as there may be
+such turns cannot be full, and no send inside the cycle ever waits (R5 to R7).
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from typing import NoReturn
 import anyio
 
 from .errors import InvariantBroken
-from .messages import Done, Event, Place, Turn
+from .messages import Check, Done, Event, Place, Turn
 from .request import Status
 from .session import Session
 from .sink import Sink
@@ -62,9 +62,8 @@ class Switch:
                 self._released(session)
             return
         try:
-            if Place.VERIFY not in session.out and session.checks_due:
-                session.launch()
-                self._give(Place.VERIFY, session)
+            while session.checks_due:
+                self._give(Place.VERIFY, session, session.launch())
             if Place.PREFETCH not in session.out and session.wanted:
                 self._give(Place.PREFETCH, session)
             if session.out.isdisjoint((Place.LOOKUP, Place.GENERATE)) and (move := session.move) is not None:
@@ -107,9 +106,10 @@ class Switch:
         session.write_off()
         self.send_nowait(session)
 
-    def _give(self, place: Place, session: Session) -> None:
-        session.out.add(place)
-        turn = Turn(session=session.id, epoch=session.epoch, place=place, issued=self._now())
+    def _give(self, place: Place, session: Session, checks: tuple[Check, ...] = ()) -> None:
+        if not checks:  # else they are counted where they fly
+            session.out.add(place)
+        turn = Turn(session=session.id, epoch=session.epoch, place=place, issued=self._now(), checks=checks)
         self._turns[place].send_nowait(turn)
 
 

@@ -4,50 +4,49 @@ A session's first retrieval, before which nothing can be guessed, comes this way
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ralmspec.retrievers.base import Ranking, Retriever
+from ralmspec.retrievers.base import Ids, Ranking, Retriever
 from ralmspec.retrievers.errors import RetrieverFailed
 
 from .cycle import CycleStage
 from .messages import Check, Turn, Verdict
 from .session import Session
 from .stage import Worker
+from .workload import BoundWorkload
 
-Found = list[tuple[Ranking, NDArray[Any] | None]]
+Batch = tuple[Check, ...]
 
 
-class Verify(CycleStage[list[Check], Found]):
+class Verify(CycleStage[Batch, list[Verdict]]):
     """Asks the knowledge base. `run` may be started as often as the retriever allows searches at once.
 
-    `k` documents are asked for; `keep` of them (those that condition a step) come with their rows, so that they are in
-    the session's cache before the session acts on the verdict. `keep` = 0 where no cache is used.
+    `k` documents are asked for. Those that condition a step are in the session's cache before the session acts on the
+    verdict; the wide rest goes through Prefetch.
     """
 
     def __init__(
         self,
         sessions: Mapping[int, Session],
         retriever: Retriever,
+        workload: BoundWorkload,
         worker: Worker,
         now: Callable[[], float],
         *,
         k: int,
-        keep: int,
     ) -> None:
         super().__init__(sessions, worker, now)
         self._retriever = retriever
+        self._workload = workload
         self._k = k
-        self._keep = keep
 
-    def take(self, session: Session) -> list[Check] | None:
+    def take(self, session: Session, turn: Turn) -> Batch | None:
         """The checks that were launched."""
-        return session.take_checks() or None
+        return session.take_checks(turn) or None
 
-    def work(self, batch: list[list[Check]]) -> list[Found | Exception]:
-        """One search for the checks of all sessions, validated here at the edge."""
+    def work(self, batch: list[Batch]) -> list[list[Verdict] | Exception]:
+        """One search for the checks of all sessions, validated here at the edge; then what it says of each guess."""
         queries = [check.query for checks in batch for check in checks]
         try:
             rankings = self._retriever.search(queries, self._k)
@@ -55,22 +54,60 @@ class Verify(CycleStage[list[Check], Found]):
                 raise RetrieverFailed(f"{len(queries)} queries were asked, {len(rankings)} rankings came back")
             for ranking in rankings:
                 validate(ranking, self._k)
-            found = iter([(r, self._retriever.rows(r.ids[: self._keep]) if self._keep else None) for r in rankings])
         except RetrieverFailed:
             raise
         except Exception as error:
             raise RetrieverFailed(f"the search raised {type(error).__name__}: {error}") from error
-        return [[next(found) for _ in checks] for checks in batch]
+        truths = iter(rankings)
+        verdicts: list[list[Verdict] | Exception] = []
+        for checks in batch:
+            found = [(check, next(truths)) for check in checks]
+            try:
+                verdicts.append(self._verdicts(found))
+            except Exception as error:
+                verdicts.append(error)
+        return verdicts
 
-    def give(self, session: Session, work: list[Check], result: Found, turn: Turn, start: float) -> None:
+    def _verdicts(self, found: list[tuple[Check, Ranking]]) -> list[Verdict]:
+        right = [
+            check.guess is not None and self._workload.agree(check, truth.top(self._workload.top_k))
+            for check, truth in found
+        ]
+        wrong = [n for n, (check, _) in enumerate(found) if check.guess is not None and not right[n]]
+        stand = min(wrong, default=len(found)) + 1
+        # What is found after a wrong guess enters the cache too, since a cache only guesses; but first, so as not to
+        # stay the longest.
+        wanted = {n: self._remember(*found[n]) for n in [*range(stand, len(found)), *range(min(stand, len(found)))]}
+        return [
+            Verdict(
+                session=check.session,
+                epoch=check.epoch,
+                step=check.step,
+                truth=truth,
+                right=right[n],
+                wanted=wanted[n],
+            )
+            for n, (check, truth) in enumerate(found)
+        ]
+
+    def _remember(self, check: Check, truth: Ranking) -> Ids:
+        """What conditions the step enters the cache; what else should be there."""
+        if (cache := check.cache) is None:
+            return truth.ids[:0]
+        top = truth.ids[: self._workload.top_k]
+        try:
+            cache.insert(top, self._retriever.rows(top))
+        except RetrieverFailed:
+            raise
+        except Exception as error:
+            raise RetrieverFailed(f"reading rows raised {type(error).__name__}: {error}") from error
+        return cache.missing(self._workload.around(truth.ids))
+
+    def give(self, session: Session, work: Batch, result: list[Verdict], turn: Turn, start: float) -> None:
         """Verdicts: commit or rollback."""
         session.span("verify", start, step=work[0].step, epoch=turn.epoch, note=f"{len(work)} checks")
-        verdicts = [
-            Verdict(session=check.session, epoch=check.epoch, step=check.step, truth=truth, rows=rows)
-            for check, (truth, rows) in zip(work, result, strict=True)
-        ]
         now = self._now()
-        session.judge(verdicts, search_s=now - start, verification_s=now - turn.issued)
+        session.judge(result, search_s=now - start, verification_s=now - turn.issued)
 
 
 def validate(ranking: Ranking, k: int) -> None:

@@ -1,17 +1,22 @@
-"""What a workload supplies: how to ask, what to condition on, how to choose a token, and when a guess was right.
+"""What a workload supplies: how to ask, what to condition on, and what that does to the scores of the next token.
 
 No stage knows which workload it serves. The settings a user writes are a `Workload`; bound to a model and a knowledge
 base they become a `BoundWorkload`, which the stages use.
+
+There are two ways to condition on documents. A workload may put them into the prefix: then a step under other documents
+needs forward passes of its own, and a guess was right if it named the same documents. Or its prefix does without them,
+they only change the scores, and its query is made from the *frontier*, what the model knows at the end of the context:
+then the step's token can be chosen again from the same frontier, and a guess was right if its token was.
 """
 
 from collections.abc import Sequence
 from typing import Protocol
 
-from ralmspec.retrievers.base import Query, Ranking, Retriever
+from ralmspec.retrievers.base import Ids, Query, Ranking, Retriever
 
-from .messages import Source
+from .messages import Check, Source
 from .model import Frontier, LanguageModel, Tokens
-from .sampling import Sampling
+from .sampling import Logits
 
 
 class BoundWorkload(Protocol):
@@ -19,7 +24,12 @@ class BoundWorkload(Protocol):
 
     @property
     def retrieval_stride(self) -> int:
-        """Tokens per step."""
+        """Tokens per step; 1 where queries need the frontier."""
+        ...
+
+    @property
+    def asks_with_frontier(self) -> bool:
+        """Whether a query is made from the frontier, and `prefix` does without documents."""
         ...
 
     @property
@@ -38,20 +48,30 @@ class BoundWorkload(Protocol):
         """The longest prefix, in tokens, that a session with no generated token can have."""
         ...
 
-    def query(self, context: Sequence[int]) -> Query:
-        """The next step's question, from prompt and generated tokens; runs on the loop."""
+    def query(self, context: Sequence[int], frontier: Frontier | None) -> Query:
+        """The next step's question, from prompt and generated tokens, or from the frontier; runs on the loop."""
         ...
 
-    def prefix(self, context: Sequence[int], retrieved: Ranking) -> Tokens:
+    def prefix(self, context: Sequence[int], retrieved: Ranking | None) -> Tokens:
         """What the model is to continue, int64 [n]; runs in the model's worker."""
         ...
 
-    def choose(self, frontier: Frontier, retrieved: Ranking, position: int, sampling: Sampling) -> int:
-        """The token at `position`, given what the model knows; runs in the model's worker."""
+    def logits(self, frontier: Frontier, retrieved: Ranking) -> Logits:
+        """What the next token is picked from, [vocabulary], given what the model knows and what was retrieved.
+
+        Runs in the model's worker and in the index's.
+        """
         ...
 
-    def agree(self, guess: Ranking, truth: Ranking) -> bool:
-        """Whether a step decoded under `guess` is what it would be under `truth`."""
+    def agree(self, check: Check, truth: Ranking) -> bool:
+        """Whether the step begun under `check.guess`, which is not None, is what it would be under `truth`.
+
+        Runs in the index's worker.
+        """
+        ...
+
+    def around(self, ids: Ids) -> Ids:
+        """Documents to have in the cache after a search has found `ids`, best first; runs in the index's worker."""
         ...
 
     def source(self, retrieved: Ranking) -> Source:

@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ralmspec.retrievers.base import Document, Query, Ranking
-from ralmspec.retrievers.vectors import Kind
+from ralmspec.retrievers.vectors import Kind, Metric, Vectors, narrow
 
 KINDS: list[Kind] = ["float32", "float16", "bfloat16"]
+METRICS: list[Metric] = ["inner product", "squared L2"]
 
 
 def documents(n: int) -> list[Document]:
@@ -27,6 +28,12 @@ def some(n: int = 1200, dimension: int = 16) -> NDArray[np.float32]:
     vectors += 0.3 * random.standard_normal(vectors.shape)
     vectors[::5] = vectors[1::5]
     return vectors.astype(np.float32)
+
+
+def stored(kind: Kind, metric: Metric = "inner product") -> Any:
+    """Those vectors as an array of the kind, or for another metric than an array's as open vectors."""
+    array = narrow(some(), kind)
+    return array if metric == "inner product" else Vectors.open(array, metric=metric)
 
 
 def queries(n: int, dimension: int = 16, seed: int = 1) -> list[Query]:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import anyio
+from fake_datastore import Approximate, Neighbours, knn_world
 from fakes import FakeModel, FakeRetriever, Scattered
-from oracle import sequential
+from oracle import sequential, sequential_knn
 
 from ralmspec.pipeline import (
     Arrangement,
@@ -21,6 +23,8 @@ from ralmspec.pipeline import (
     Drafted,
     EngineDead,
     Event,
+    InContext,
+    KnnLM,
     ModelFailed,
     NotServing,
     Overloaded,
@@ -38,6 +42,8 @@ RETRIEVERS: dict[str, Callable[[int], FakeRetriever]] = {
     "all tie": lambda seed: FakeRetriever(documents=9, seed=seed, spread=1),
     "duplicates": lambda seed: FakeRetriever(documents=64, dimension=2, seed=seed, spread=2),
 }
+NEIGHBOURS: dict[str, type[Neighbours]] = {"nearest entries": Neighbours, "some near entries": Approximate}
+WORLDS = (*RETRIEVERS, *NEIGHBOURS)
 PROMPTS = ("3 1 4", "15 9 2 6", "5 3 5 8 9 7 9", "2 7 1 8", "1 4 1 4 2 1", "11 22 17 5")
 
 
@@ -47,14 +53,16 @@ class World:
 
     model: FakeModel
     retriever: FakeRetriever
-    stride: int
+    workload: InContext | KnnLM
 
     @staticmethod
     @cache
     def of(kind: str, seed: int, stride: int) -> "World":
         """One of a few worlds, so that the oracle need not answer everything anew."""
+        if kind in NEIGHBOURS:
+            return World(*knn_world(seed=seed, ends=True, retriever=NEIGHBOURS[kind], top_k=(1, 8, 64)[seed % 3]))
         model = FakeModel(seed=seed, stubborn=(0.3, 0.6, 0.9)[seed % 3])
-        return World(model, RETRIEVERS[kind](seed), stride)
+        return World(model, RETRIEVERS[kind](seed), InContext(retrieval_stride=stride))
 
 
 @cache
@@ -62,15 +70,11 @@ def truth(
     world: World, prompt: str, max_new_tokens: int, sampling: Sampling, ignore_eos: bool
 ) -> tuple[list[int], list[int]]:
     """Tokens, and the document of every step, by the oracle."""
-    return sequential(
-        world.model,
-        world.retriever,
-        world.model.encode(prompt),
-        max_new_tokens=max_new_tokens,
-        retrieval_stride=world.stride,
-        sampling=sampling,
-        ignore_eos=ignore_eos,
-    )
+    model, retriever, workload = world.model, world.retriever, world.workload
+    given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling, "ignore_eos": ignore_eos}
+    if isinstance(workload, KnnLM):
+        return sequential_knn(model, retriever, workload, model.encode(prompt), **given)
+    return sequential(model, retriever, model.encode(prompt), retrieval_stride=workload.retrieval_stride, **given)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,7 +1,6 @@
 """Ways to break the rules R1 to R12, and who must notice. `test_mutants.py` breaks them one by one.
 
 A mutant is made by replacing one attribute; it wraps what is there, so that it breaks one thing and keeps the rest.
-Not listed because nothing could notice: `home` without the credits, or without Verify's turn (each implies the other).
 """
 
 from collections.abc import Callable
@@ -12,10 +11,12 @@ from typing import Any
 
 import pytest
 import simulation
+import test_checks
 import test_rules as cycle_rules
 import test_rules_of_ends as end_rules
 import test_rules_of_faults as fault_rules
 import test_rules_of_time as time_rules
+import test_session
 from anyio import create_memory_object_stream
 from anyio.lowlevel import checkpoint
 from clients import Luck
@@ -25,10 +26,11 @@ from ralmspec.pipeline import Limits, NotServing, SessionStream, runner
 from ralmspec.pipeline.runner import Runner
 from ralmspec.pipeline.watchdog import Watchdog
 from ralmspec.stages import cycle, switch
+from ralmspec.stages.checks import Checks
 from ralmspec.stages.generate import Generate
 from ralmspec.stages.in_context import BoundInContext
 from ralmspec.stages.lookup import Lookup
-from ralmspec.stages.messages import Done, Place
+from ralmspec.stages.messages import Check, Done, Place, Verdict
 from ralmspec.stages.prefetch import Prefetch
 from ralmspec.stages.request import Status
 from ralmspec.stages.session import Session
@@ -130,9 +132,9 @@ def keeps_later_drafts(roll_back: Any, self: Session, step: Any, truth: Any) -> 
 
 
 def keeps_queued_checks(roll_back: Any, self: Session, step: Any, truth: Any) -> None:
-    queued = list(self.checks)
+    queued = list(self.checks.queued)
     roll_back(self, step, truth)
-    self.checks.extend(queued)
+    self.checks.queued.extend(queued)
 
 
 def keeps_the_text(roll_back: Any, self: Session, step: Any, truth: Any) -> None:
@@ -169,13 +171,21 @@ def heeds_stale_verdicts(judge: Any, self: Session, verdicts: Any, **named: Any)
     judge(self, Fresh(verdicts), **named)
 
 
+def keeps_early_verdicts(self: Checks) -> None:
+    self.queued.clear()
+
+
+def whichever_comes(self: Session) -> Verdict | None:
+    return self.checks.early.popitem()[1] if self.checks.early else None
+
+
 # R5, R6 ----------------------------------------------------------------------------------------------------------
 
 
 def keeps_credits(come_home: Any, self: Session, turn: Any) -> None:
-    flying = list(self.flying)
+    flying = list(self.checks.flying)
     come_home(self, turn)
-    self.flying = flying
+    self.checks.flying = flying
 
 
 def forgets_the_ended(come_home: Any, self: Session, turn: Any) -> None:
@@ -185,18 +195,24 @@ def forgets_the_ended(come_home: Any, self: Session, turn: Any) -> None:
 
 def frees_at_the_end(finish: Any, self: Session, *arguments: Any) -> None:
     finish(self, *arguments)
-    self.flying.clear()
+    self.checks.flying.clear()
     self.out &= {Place.OUTPUT}
 
 
-def sends_a_second_batch(send: Any, self: Switch, session: Session) -> None:
-    session.out.discard(Place.VERIFY)
-    send(self, session)
+def one_flight_too_many(self: Session) -> bool:
+    return bool(self.checks.queued) and not self.final and self.arrangement.checks_due(self._outlook())
+
+
+def spends_what_it_has_not(self: Checks) -> tuple[Check, ...]:
+    batch = tuple(self.queued)
+    self.queued.clear()
+    self.flying.append(batch)
+    return batch
 
 
 def home_without(place: Place) -> Callable[[Patch], None]:
     def home(self: Session) -> bool:
-        return not self.out - {place} and (place is Place.VERIFY or not self.flying)
+        return not self.out - {place} and (place is Place.VERIFY or not self.checks.flying)
 
     return instead(Session, "home", property(home))
 
@@ -343,7 +359,11 @@ MUTANTS = [
     Mutant("R4", "nothing is stale, in random schedules", instead(Session, "is_stale", lambda self, epoch: False),
            schedules),
     Mutant("R4", "stale verdicts count", around(Session, "judge", heeds_stale_verdicts),
-           R.test_r4_stale_verdicts_are_dropped),
+           R.test_r4_stale_verdicts_of_another_batch_are_dropped),
+    Mutant("R4", "verdicts of a batch outlive its rollback", instead(Checks, "drop", keeps_early_verdicts),
+           test_session.test_verdicts_after_a_rollback_in_their_batch_judge_no_later_step),
+    Mutant("R4", "verdicts are applied as they come", instead(Session, "_next_verdict", whichever_comes),
+           test_session.test_verdicts_are_applied_in_step_order_whatever_order_they_come_in),
     Mutant("R4", "ids are used again", instead(runner, "_SESSION_IDS", repeat(7)),
            R.test_r4_ids_are_never_used_twice),
     Mutant("R5", "credits never come home", around(Session, "come_home", keeps_credits),
@@ -352,7 +372,9 @@ MUTANTS = [
            R.test_r5_credits_come_home_from_faults_and_ended_sessions),
     Mutant("R5", "credits come home before their checks", around(Session, "finish", frees_at_the_end),
            R.test_r5_credits_come_home_from_faults_and_ended_sessions),
-    Mutant("R5", "a second batch goes out beside the first", around(Switch, "send_nowait", sends_a_second_batch),
+    Mutant("R5", "checks go out without credits", instead(Checks, "launch", spends_what_it_has_not),
+           test_checks.test_a_launch_spends_no_credit_that_is_out),
+    Mutant("R5", "one batch too many goes out", instead(Session, "checks_due", property(one_flight_too_many)),
            partial(R.test_r5_a_session_has_at_most_k_checks_in_flight, False)),
     Mutant("R6", "the slot is free at the end", instead(Session, "home", property(lambda self: True)), schedules),
     *(Mutant("R6", f"the slot is free before {place.value} is home", home_without(place),

@@ -14,7 +14,7 @@ from typing import Any
 
 import anyio
 import pytest
-from clients import RETRIEVERS, Client, Luck, World
+from clients import WORLDS, Client, Luck, World
 from clocks import run
 from fakes import VirtualWorker, draw
 from faults import STAGES, Bad, deadly
@@ -23,10 +23,10 @@ from ralmspec.pipeline import (
     OS3,
     Arrangement,
     Asynchronous,
+    Continuous,
     EngineDead,
     Event,
     Inbox,
-    InContext,
     Limits,
     ModelFailed,
     Outbox,
@@ -45,6 +45,7 @@ class Eager:
     """Not one of the library's: drafts as far as the window allows, and sends checks out whenever it may."""
 
     window: int = 3
+    flights: int = 1
     prefetch: int = 4
     guesses = True
 
@@ -63,6 +64,9 @@ ARRANGEMENTS: list[Arrangement] = [
     Sequential(),
     Eager(window=2),
     Eager(window=4),
+    Eager(window=5, flights=3),
+    Continuous(window=6, flights=2, prefetch=20),
+    Continuous(window=16, prefetch=1),
     *(
         kind(speculation_stride=stride, prefetch=documents)
         for kind in (Synchronous, Asynchronous)
@@ -138,7 +142,7 @@ def simulate(luck: Luck) -> Counter[str]:
     """Run it, check it, and count what happened."""
     chance = random.Random(luck.seed)
     tally: Counter[str] = Counter()
-    world = World.of(chance.choice(list(RETRIEVERS)), chance.randrange(3), chance.choice((2, 3)))
+    world = World.of(chance.choice(WORLDS), chance.randrange(3), chance.choice((2, 3)))
     arrangement = luck.arrangement or chance.choice(ARRANGEMENTS)
     world.retriever.concurrency = chance.choice((1, 1, 2, 4))
     delay = delays(chance)
@@ -164,7 +168,7 @@ def simulate(luck: Luck) -> Counter[str]:
     pipeline = Pipeline(
         model=world.model,
         retriever=world.retriever,
-        workload=InContext(retrieval_stride=world.stride),
+        workload=world.workload,
         speculation=arrangement,
         output=output if outside or chance.random() < 0.3 else (),
         limits=limits,
@@ -209,5 +213,5 @@ def settled(book: Book, clients: list[Client], world: World) -> None:
     assert all(len(client.ends) == 1 for client in clients), "a client was lost"
     for session, ends in book.ends.items():
         assert ends == 1, f"ended {ends} times: {session}"
-        assert session.home and not session.steps and not session.checks, f"not all is home: {session}"
+        assert session.home and not session.steps and not session.checks.queued, f"not all is home: {session}"
     assert sorted(world.model.forgotten) == sorted(session.id for session in book.ends), "forgotten once each"

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from fake_datastore import knn_world
 from fakes import FakeModel, FakeRetriever
 
-from ralmspec.pipeline import Answer, Committed, InContext, Sampling
+from ralmspec.pipeline import Answer, Committed, InContext, Query, Ranking, Sampling
 from ralmspec.pipeline.audit import TOLERANCE, Difference, differ
 from ralmspec.stages.messages import Source
 from ralmspec.stages.model import Frontier, Prefix
@@ -28,6 +29,18 @@ class Scores(FakeModel):
         return [Frontier(np.array([0.0, 1.0 + self.gap, 1.0])) for _ in prefixes]
 
 
+class Finds(FakeRetriever):
+    """Document 4, whatever is asked; remembers what was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def _rank(self, query: Query, k: int) -> Ranking:
+        self.asked.append(query.text)
+        return Ranking(np.array([4]), np.ones(1, dtype=np.float32))
+
+
 def answer(tokens: Sequence[int], documents: Sequence[int]) -> Answer:
     steps = [
         Committed(session=1, text="", tokens=tuple(tokens[n * STRIDE :][:STRIDE]), step=n, document=Source(id, "", 0.0))
@@ -39,14 +52,22 @@ def answer(tokens: Sequence[int], documents: Sequence[int]) -> Answer:
 REFERENCE = answer([5, 6, 7, 8], [3, 4])
 
 
-def audit(other: Answer, *, gap: float = 1.0, dtype: str = "float32", model: Scores | None = None) -> Difference | None:
-    model = model or Scores(gap)
+def audit(
+    other: Answer,
+    *,
+    gap: float = 1.0,
+    dtype: str = "float32",
+    model: Scores | None = None,
+    retriever: FakeRetriever | None = None,
+) -> Difference | None:
+    model, retriever = model or Scores(gap), retriever or Finds()
     return differ(
         REFERENCE,
         other,
         prompt="1 2",
         model=model,
-        workload=InContext(retrieval_stride=STRIDE).bind(model, FakeRetriever()),
+        retriever=retriever,
+        workload=InContext(retrieval_stride=STRIDE).bind(model, retriever),
         sampling=Sampling(),
         dtype=dtype,
     )
@@ -69,8 +90,9 @@ def test_in_float64_no_gap_explains_anything() -> None:
 
 
 def test_the_gap_is_taken_under_the_prefix_of_the_reference() -> None:
-    model = Scores(1e-6)
-    audit(answer([5, 6, 7, 9], [3, 4]), model=model)
+    model, retriever = Scores(1e-6), Finds()
+    audit(answer([5, 6, 7, 9], [3, 4]), model=model, retriever=retriever)
+    assert retriever.asked == ["1 2 5 6"], "at the start of the step"
     # Document 4 ("document 4", then "4 0 7"), the prompt, and what was generated before the difference.
     assert model.prefixes == [[4, 4, 0, 7, 1, 2, 5, 6, 7]]
     assert model.forgotten, "the audit keeps nothing in the model's memory"
@@ -95,3 +117,29 @@ def test_a_document_that_differs_later_does_not_spoil_the_explanation() -> None:
 def test_an_output_of_another_length_is_never_explained(tokens: list[int]) -> None:
     found = audit(answer(tokens, [3, 4]), gap=1.0)
     assert found is not None and not found.explained
+
+
+def test_where_queries_need_the_frontier_the_gap_is_that_of_the_mixture() -> None:
+    model, neighbours, workload = knn_world(top_k=3)
+    prompt, tokens = "3 1 4", (5, 6, 7)
+    reference, other = (
+        Answer(
+            text="",
+            tokens=(*tokens, last),
+            steps=tuple(
+                Committed(session=1, text="", tokens=(token,), step=n, document=Source(9, "", 0.0))
+                for n, token in enumerate((*tokens, last))
+            ),
+            statistics=Statistics(),
+        )
+        for last in (8, 2)
+    )
+    bound = workload.bind(model, neighbours)
+    found = differ(
+        reference, other, prompt=prompt, model=model, retriever=neighbours, workload=bound, sampling=Sampling(),
+        dtype="float32",
+    )  # fmt: skip
+    frontier = model._frontier(np.array([3, 1, 4, *tokens]))
+    (truth,) = neighbours.search([Query(text="", vector=frontier.key)], 3)
+    assert found is not None and found.position == 3
+    assert found.gap == Sampling().gap(bound.logits(frontier, truth), 3) != Sampling().gap(frontier.logits, 3)

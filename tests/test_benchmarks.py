@@ -11,12 +11,14 @@ from types import ModuleType
 from typing import Any
 
 import anyio
+import numpy as np
 import pytest
 import typer
 from fakes import FakeModel, FakeRetriever
 from typer.testing import CliRunner
 
 from ralmspec.pipeline import Pipeline
+from ralmspec.retrievers.base import Query, Ranking
 from ralmspec.stages.model import Frontier, Prefix
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -168,3 +170,70 @@ def test_index_cost_builds_each_kind_in_a_process_of_its_own(tmp_path: Path, mon
     assert all(float(row[1]) > 0 and float(row[2]) > 50 for row in rows)
     assert float(rows[0][3].rstrip(" |")) == 9.2, "6,000 vectors of 384 numbers in float32"
     assert "6,000 passages from text would take" in table.read_text() and "Extrapolated" in table.read_text()
+
+
+# bm25_agreement ------------------------------------------------------------------------------------------------------
+
+
+class Fixed(FakeRetriever):
+    """Finds what it is told to, for each text; where it is told nothing, documents 0 to 9."""
+
+    def __init__(self, description: str, found: dict[str, list[int]]) -> None:
+        super().__init__(documents=100)
+        self.description, self.found = description, found
+
+    def encode(self, queries: Sequence[Query]) -> list[Query]:
+        assert all(query.vector is None for query in queries), "each retriever encodes for itself"
+        return [Query(text=query.text, vector=np.zeros(1, np.float32)) for query in queries]
+
+    def search(self, queries: Sequence[Query], k: int) -> list[Ranking]:
+        ids = [np.array(self.found.get(query.text, [*range(10)])[:k]) for query in queries]
+        return [Ranking(found, np.zeros(len(found), np.float32)) for found in ids]
+
+
+def test_bm25_agreement_counts_equal_first_documents_and_shared_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, app = program("bm25_agreement")
+    (tmp_path / "questions_few.jsonl").write_text(
+        "".join(json.dumps({"id": n, "question": f"q{n}", "answers": []}) + "\n" for n in range(4))
+    )
+    ten = [*range(10)]
+    kinds = {
+        "bm25": Fixed("python", {}),
+        "lucene": Fixed("java", {"q0": ten[::-1], "q1": [*ten[:7], 50, 51, 52], "q2": [*range(20, 30)]}),
+    }
+    monkeypatch.setattr(module, "open_index", lambda folder, kind: {Path("an_index"): kinds}[folder][kind])
+    file = tmp_path / "agreement.json"
+    options = ["--index", "an_index", "--data", str(tmp_path), "--sets", "few", "--count", "3", "--out", str(file)]
+    shown = CliRunner().invoke(app, options)
+    assert shown.exit_code == 0, shown.output
+    report = json.loads(file.read_text())
+    assert report["environment"]["retrievers"] == ["python", "java"]
+    questions, pieces = report["rows"]
+    assert questions == {
+        "what": "questions, few",
+        "queries": 3,
+        "same_first": 1,
+        "overlap": pytest.approx((1.0 + 0.7 + 0.0) / 3),
+        "smallest_overlap": 0.0,
+    }
+    assert (pieces["queries"], pieces["same_first"], pieces["overlap"]) == (3, 3, 1.0)
+    assert "0.567" in shown.stdout
+
+
+# knn_strides ---------------------------------------------------------------------------------------------------------
+
+
+def test_knn_strides_writes_its_tables_as_it_goes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs ralmspec[bench]")
+    out = tmp_path / "strides"
+    given = ["--k", "1,4", "--prompts", "2", "--max-new-tokens", "6", "--only", "s=2,continuous", "--ratio", "3"]
+    given += ["--entries", "1000"]
+    shown = CliRunner().invoke(program("knn_strides")[1], [*given, "--out", str(out)])
+    assert shown.exit_code == 0, shown.output
+    made = json.loads(out.with_suffix(".json").read_text())
+    assert [*made] == ["1", "4"] and "simulated" in made["1"]["environment"]["retriever"]
+    assert [row["arrangement"] for row in made["4"]["rows"]] == ["RaLMSeq", "s=2", "continuous"]
+    assert all(row["identical"] == 2 for table in made.values() for row in table["rows"])
+    assert "Best: " in out.with_suffix(".md").read_text() and out.with_suffix(".svg").stat().st_size > 1000

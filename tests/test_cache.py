@@ -1,6 +1,7 @@
 """SessionCache: guesses as the index would rank, holds what was used last, and never more than it may."""
 
 import importlib.util
+import random
 from collections import OrderedDict
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -108,31 +109,156 @@ def test_of_a_wide_result_the_best_stay() -> None:
     assert guess(some, 9) == [1, 6, 7]
 
 
+class Plain:
+    """What a cache must do, one document at a time: an id and its row, longest unused first."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.held = OrderedDict[int, float]()
+
+    def insert(self, ids: list[int], rows: list[float]) -> None:
+        first = dict[int, float]()
+        for id, row in list(zip(ids, rows, strict=True))[: self.capacity]:
+            first.setdefault(id, row)
+        for id in reversed(first):
+            self.held.setdefault(id, first[id])
+            self.held.move_to_end(id)
+        while len(self.held) > self.capacity:
+            self.held.popitem(last=False)
+
+    def best(self, n: int) -> list[tuple[int, float]]:
+        found = sorted(self.held.items(), key=lambda entry: (-entry[1], entry[0]))[:n]
+        for id, _ in reversed(found):
+            self.held.move_to_end(id)
+        return found
+
+    def missing(self, ids: list[int]) -> list[int]:
+        return [id for id in dict.fromkeys(ids) if id not in self.held]
+
+
+class Pair:
+    """A cache and the plain one side by side: every move is made in both, and everything compared after it."""
+
+    def __init__(self, capacity: int, ids: int) -> None:
+        self.cache, self.plain, self.ids = cache(capacity), Plain(capacity), ids
+
+    def insert(self, ids: list[int], rows: list[float]) -> None:
+        self.cache.insert(np.array(ids, np.int64), np.array(rows, np.float32))
+        self.plain.insert(ids, rows)
+        self.compare()
+
+    def best(self, n: int) -> None:
+        ranking = self.cache.best(Q, n)
+        found = [] if ranking is None else list(zip(ranking.ids.tolist(), ranking.scores.tolist(), strict=True))
+        assert found == self.plain.best(n)
+        self.compare()
+
+    def compare(self) -> None:
+        assert len(self.cache) == len(self.plain.held)
+        assert [id in self.cache for id in range(10)] == [id in self.plain.held for id in range(10)]
+        self.ask(list(range(self.ids)))
+
+    def ask(self, ids: list[int]) -> None:
+        missing = self.cache.missing(np.array(ids, np.int64))
+        assert missing.dtype == np.int64
+        assert missing.tolist() == self.plain.missing(ids)
+
+    def empty(self) -> None:
+        """In which order everything goes, seen one by one."""
+        for stranger in range(self.ids, self.ids + self.plain.capacity):
+            self.insert([stranger], [-1.0])
+
+
+_SOME_IDS = st.lists(st.integers(0, 9), max_size=9)
+
+
 @given(
-    capacity=st.integers(1, 5),
-    moves=st.lists(st.one_of(st.none(), st.lists(st.integers(0, 9), max_size=7))),
+    capacity=st.integers(1, 8),
+    moves=st.lists(
+        st.one_of(
+            st.tuples(st.just("insert"), _SOME_IDS),
+            st.tuples(st.just("ask"), _SOME_IDS),
+            st.tuples(st.just("best"), st.integers(1, 9)),
+        )
+    ),
+    rows=st.randoms(use_true_random=False),
 )
 @settings(deadline=None)
-def test_agrees_with_a_plain_least_recently_used_dictionary(capacity: int, moves: list[list[int] | None]) -> None:
-    """A move is an insertion of documents, best first, or None for a guess. A document's score is its id."""
-    some, model = cache(capacity), OrderedDict[int, None]()
-    for move in moves:
-        if move is None:
-            assert guess(some) == ([max(model)] if model else [])
-            if model:
-                model.move_to_end(max(model))
+def test_agrees_with_a_plain_least_recently_used_dictionary(
+    capacity: int, moves: list[tuple[str, Any]], rows: random.Random
+) -> None:
+    """Ids that come twice, inserts wider than the cache, scores that are equal, rows that come again: all in here."""
+    pair = Pair(capacity, ids=10)
+    for move, what in moves:
+        if move == "insert":
+            pair.insert(what, [float(rows.randrange(6)) for _ in what])
+        elif move == "ask":
+            pair.ask(what)
+        else:
+            pair.best(what)
+    pair.empty()
+
+
+@pytest.mark.parametrize("capacity", [64, 200, 1000])
+def test_agrees_with_the_plain_one_over_long_sessions(capacity: int) -> None:
+    """Caches that are full, with insertions from one document to more than all, and guesses between them."""
+    chance = random.Random(capacity)
+    pair = Pair(capacity, ids=3 * capacity)
+    for _ in range(250):
+        kind = chance.random()
+        if kind < 0.25:
+            pair.best(chance.choice([1, 1, 5, capacity // 2, capacity]))
             continue
-        some.insert(np.array(move, dtype=np.int64), np.array(move, dtype=np.float32))
-        for id in reversed(move[:capacity]):
-            model[id] = None
-            model.move_to_end(id)
-            if len(model) > capacity:
-                model.popitem(last=False)
-        assert {id for id in range(10) if id in some} == set(model)
-        assert len(some) == len(model)
-    ranking = some.best(Q, 10)
-    assert ([] if ranking is None else ranking.ids.tolist()) == sorted(model, reverse=True)
-    assert ranking is None or ranking.scores.tolist() == ranking.ids.tolist()
+        n = chance.choice([1, 2, 5, 20, capacity // 3, capacity + 7])
+        ids = [chance.randrange(pair.ids) for _ in range(n)]
+        pair.ask(ids)
+        ids = pair.plain.missing(ids) if kind < 0.5 else ids
+        pair.insert(ids, [chance.randrange(64) / 64 for _ in ids])
+    pair.empty()
+
+
+def test_what_is_missing_comes_in_order_and_once() -> None:
+    some = cache()
+    assert some.missing(np.array([7, 3, 7])).tolist() == [7, 3]  # of an empty cache
+    put(some, d3=0.1, d5=0.2)
+    missing = some.missing(np.array([9, 3, 1, 9, 5, 2, 1]))
+    assert missing.tolist() == [9, 1, 2]
+    assert missing.dtype == np.int64
+    assert some.missing(np.array([], dtype=np.int64)).tolist() == []
+    put(some, d8=0.3)
+    assert some.missing(np.array([3, 5])).tolist() == []  # asking is no use: nothing changed, nothing went
+    assert len(some) == 3
+
+
+def test_asking_is_not_using() -> None:
+    some = cache(capacity=2)
+    put(some, d1=0.1)
+    put(some, d2=0.2)
+    assert 1 in some
+    some.missing(np.array([1]))
+    put(some, d3=0.3)
+    assert [id in some for id in (1, 2, 3)] == [False, True, True]
+
+
+def test_an_id_that_comes_twice_takes_one_place_and_its_first() -> None:
+    some = cache(capacity=3)
+    some.insert(np.array([4, 6, 4, 6]), np.array([0.5, 0.4, 0.0, 0.0], np.float32))
+    assert len(some) == 2
+    ranking = some.best(Q, 5)
+    assert ranking is not None
+    assert ranking.ids.tolist() == [4, 6]
+    assert ranking.scores.tolist() == [0.5, np.float32(0.4)]
+    put(some, d7=0.1)
+    some.insert(np.array([4, 7, 6, 4]), np.zeros(4, np.float32))  # 4 first, whatever stands behind it
+    put(some, d8=0.1, d9=0.1)
+    assert [id in some for id in (4, 6, 7, 8, 9)] == [True, False, False, True, True]
+
+
+def test_ids_of_any_size() -> None:
+    some, far = cache(), np.iinfo(np.int64).max
+    some.insert(np.array([far, 0, -far]), np.array([0.1, 0.2, 0.3], np.float32))
+    assert guess(some, 3) == [-far, 0, far]
+    assert some.missing(np.array([far, far - 1, -far, 1 - far])).tolist() == [far - 1, 1 - far]
 
 
 def test_rows_may_be_objects() -> None:
@@ -158,6 +284,19 @@ def test_scores_a_view_of_contiguous_rows() -> None:
     assert seen[0].shape == (300, 4)
     assert seen[0].flags.c_contiguous
     assert not seen[0].flags.owndata
+
+
+def test_never_takes_more_memory_than_its_capacity() -> None:
+    seen: list[NDArray[Any]] = []
+    retriever = Numbers()
+    retriever.score = lambda query, rows: seen.append(rows) or rows  # type: ignore[method-assign,func-returns-value]
+    some = SessionCache(retriever, capacity=100)
+    for i in range(150):
+        some.insert(np.arange(i, i + 2), np.zeros(2, np.float32))
+        some.best(Q)
+    rooms = [len(rows.base) for rows in seen if rows.base is not None]
+    assert max(rooms) == 100
+    assert len(set(rooms)) <= 3  # it doubles: growing by one document at a time would copy everything each time
 
 
 def test_a_score_that_is_nan_is_an_error_and_no_guess() -> None:

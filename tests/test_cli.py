@@ -117,7 +117,7 @@ def test_interruption_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytes
         "compare", *PLACES, "--questions", "9", "--max-new-tokens", "8", "--only", "RaLMSpec", "--json", str(report)
     )
     assert code == 130
-    assert "interrupted" in err and "2 questions" in out
+    assert "interrupted" in err and "2 prompts" in out
     assert [row["outputs"] for row in json.loads(report.read_text())["rows"]] == [2, 2]
 
 

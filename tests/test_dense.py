@@ -18,13 +18,14 @@ from ralmspec.retrievers import dense as module
 from ralmspec.retrievers.base import Document, Query, Ranking, Vector
 from ralmspec.retrievers.dense import ExactDense
 from ralmspec.retrievers.errors import BadKnowledge, MissingExtra, RetrieverFailed
-from ralmspec.retrievers.vectors import Kind, Memory, Vectors, narrow
+from ralmspec.retrievers.vectors import Kind, Memory, Metric, Vectors, narrow
 
 if importlib.util.find_spec("faiss") is None:
     pytest.skip("needs faiss (the extra 'local')", allow_module_level=True)
 
 NAN, INF = float("nan"), float("inf")
 KINDS: list[Kind] = ["float32", "float16", "bfloat16"]
+METRICS: list[Metric] = ["inner product", "squared L2"]
 
 
 @pytest.fixture(autouse=True, scope="module", params=["in small pieces", "as it ships"])
@@ -35,6 +36,7 @@ def pieces(request: pytest.FixtureRequest) -> Iterator[None]:
             patch.setattr(module, "_TILE", 2000)
             patch.setattr(module, "_SLICE", 50)
             patch.setattr(module, "_PENDING", 3)
+            patch.setattr(module, "_FEW", 10_000)
         yield
 
 
@@ -55,16 +57,46 @@ def documents(n: int) -> list[Document]:
 
 
 def dense(
-    vectors: NDArray[Any], *, blas_threshold: int | None = 1, memory: Memory = "float32", threads: int = 1
+    vectors: NDArray[Any],
+    *,
+    blas_threshold: int | None = 1,
+    memory: Memory = "float32",
+    threads: int = 1,
+    metric: Metric = "inner product",
 ) -> ExactDense:
     return ExactDense(
         documents(len(vectors)),
-        vectors,
+        vectors if metric == "inner product" else Vectors.open(vectors, memory=memory, metric=metric),
         Words(vectors.shape[1]),
         blas_threshold=blas_threshold,
         memory=memory,
         threads=threads,
     )
+
+
+def exactly(metric: Metric, vector: NDArray[Any], rows: NDArray[Any]) -> NDArray[Any]:
+    """The scores by their definition, in the arithmetic of the arguments."""
+    scores: NDArray[Any] = rows @ vector if metric == "inner product" else -((rows - vector) ** 2).sum(axis=1)
+    return scores
+
+
+def searches_and_scans(retriever: ExactDense, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """Fills, from now on, with how many queries each search by faiss was for, and with a k for each full scan."""
+    searches: list[int] = []
+    scans: list[int] = []
+    among, scan = retriever._among, retriever._scan
+
+    def counted_among(fetch: int, vectors: NDArray[np.float32], k: int) -> list[Ranking | None]:
+        searches.append(len(vectors))
+        return among(fetch, vectors, k)
+
+    def counted_scan(vector: Vector, k: int) -> Ranking:
+        scans.append(k)
+        return scan(vector, k)
+
+    monkeypatch.setattr(retriever, "_among", counted_among)
+    monkeypatch.setattr(retriever, "_scan", counted_scan)
+    return searches, scans
 
 
 def query(vector: NDArray[np.float32]) -> Query:
@@ -92,20 +124,24 @@ def by_one_kernel(retriever: ExactDense, vector: Vector, k: int) -> Ranking:
     blas_threshold=st.sampled_from([1, 1 << 30]),
     kind=st.sampled_from(KINDS),
     threads=st.integers(1, 3),
+    metric=st.sampled_from(METRICS),
 )
 @settings(deadline=None)
 def test_exact_ties_stand_by_id(
-    seed: int, n: int, dimension: int, k: int, batch: int, blas_threshold: int, kind: Kind, threads: int
+    seed: int, n: int, dimension: int, k: int, batch: int, blas_threshold: int, kind: Kind, threads: int, metric: Metric
 ) -> None:
-    """Small integers: many duplicates and ties, and products that integer arithmetic knows exactly."""
+    """Small integers: many duplicates and ties, and scores that integer arithmetic knows exactly."""
     random = np.random.default_rng(seed)
     vectors, queries = random.integers(-2, 3, (n, dimension)), random.integers(-2, 3, (batch, dimension))
-    retriever = dense(narrow(vectors, kind), blas_threshold=blas_threshold, memory="map", threads=threads)
+    stored = narrow(vectors, kind)
+    retriever = dense(stored, blas_threshold=blas_threshold, memory="map", threads=threads, metric=metric)
     rankings = retriever.search([query(q.astype(np.float32)) for q in queries], k)
-    for ranking, products in zip(rankings, queries @ vectors.T, strict=True):
-        expected = sorted(range(n), key=lambda id: (-products[id], id))[:k]
+    for ranking, q in zip(rankings, queries, strict=True):
+        scores = exactly(metric, q, vectors)
+        expected = sorted(range(n), key=lambda id: (-scores[id], id))[:k]
         assert ranking.ids.tolist() == expected
-        assert ranking.scores.tolist() == products[expected].tolist()
+        assert ranking.scores.tolist() == scores[expected].tolist()
+        assert not np.signbit(ranking.scores[ranking.scores == 0]).any()
 
 
 @given(
@@ -115,16 +151,21 @@ def test_exact_ties_stand_by_id(
     length=st.sampled_from([1e-30, 1.0, 1e10]),
     kind=st.sampled_from(["float32", "bfloat16"]),
     threads=st.integers(1, 3),
+    metric=st.sampled_from(METRICS),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_vectors_closer_than_float32_can_tell_still_rank_by_the_one_kernel(
-    seed: int, spread: float, k: int, length: float, kind: Kind, threads: int
+    seed: int, spread: float, k: int, length: float, kind: Kind, threads: int, metric: Metric
 ) -> None:
+    """By distance, BLAS subtracts large sums of squares that nearly cancel out where the query lies among them."""
     random = np.random.default_rng(seed)
     centre = random.standard_normal(96)
     vectors = (length * (centre + spread * random.standard_normal((700, 96)))).astype(np.float32)
     queries = random.standard_normal((5, 96), dtype=np.float32)
-    retriever = dense(narrow(vectors, kind), memory="map", threads=threads)
+    if metric == "squared L2":
+        queries[:3] = length * centre + length * spread * queries[:3]
+        queries[3] = vectors[17]
+    retriever = dense(narrow(vectors, kind), memory="map", threads=threads, metric=metric)
     for q, ranking in zip(queries, retriever.search([query(q) for q in queries], k), strict=True):
         assert same(ranking, by_one_kernel(retriever, q, k))
 
@@ -135,27 +176,29 @@ def test_vectors_closer_than_float32_can_tell_still_rank_by_the_one_kernel(
     k=st.sampled_from([1, 4, 20, 256]),
     kind=st.sampled_from(KINDS),
     threads=st.integers(1, 3),
+    metric=st.sampled_from(METRICS),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_batch_k_threads_and_storage_change_no_bit_of_any_ranking(
-    seed: int, batch: int, k: int, kind: Kind, threads: int
+    seed: int, batch: int, k: int, kind: Kind, threads: int, metric: Metric
 ) -> None:
     random = np.random.default_rng(seed)
     vectors = random.standard_normal((1500, 384), dtype=np.float32)
     vectors[::7] = vectors[3]  # runs of duplicates among them
     stored = narrow(vectors, kind)
     queries = [query(q) for q in random.standard_normal((batch, 384), dtype=np.float32)]
-    plain = dense(stored, blas_threshold=1000)
-    mapped = dense(stored, blas_threshold=1000, memory="map", threads=threads)
+    plain = dense(stored, blas_threshold=1000, metric=metric)
+    mapped = dense(stored, blas_threshold=1000, memory="map", threads=threads, metric=metric)
     for alone, together in zip(queries, mapped.search(queries, k), strict=True):
         assert same(mapped.search([alone], k)[0], together)
         assert same(plain.search([alone], 300)[0].top(k), together)
         assert together.scores.tobytes() == mapped.score(alone, mapped.rows(together.ids)).tobytes()
 
 
-def test_a_score_does_not_depend_on_where_the_vectors_lie() -> None:
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_score_does_not_depend_on_where_the_vectors_lie(metric: Metric) -> None:
     random = np.random.default_rng(4)
-    retriever = dense(random.standard_normal((300, 384), dtype=np.float32))
+    retriever = dense(random.standard_normal((300, 384), dtype=np.float32), metric=metric)
     rows, probe = retriever.rows(np.arange(300)), query(random.standard_normal(384, dtype=np.float32))
     expected = retriever.score(probe, rows).tobytes()
     for offset in range(1, 17):
@@ -164,32 +207,120 @@ def test_a_score_does_not_depend_on_where_the_vectors_lie() -> None:
         assert retriever.score(probe, moved).tobytes() == expected
 
 
-def test_scores_are_inner_products_to_float32() -> None:
+@pytest.mark.parametrize("metric", METRICS)
+def test_scores_are_their_definition_to_float32(metric: Metric) -> None:
     random = np.random.default_rng(0)
     vectors = random.standard_normal((3000, 384), dtype=np.float32)
     q = random.standard_normal(384, dtype=np.float32)
-    (ranking,) = dense(vectors).search([query(q)], 10)
-    true = vectors.astype(np.float64) @ q
-    assert ranking.ids.tolist() == np.argsort(-true)[:10].tolist()
-    assert ranking.scores == pytest.approx(true[ranking.ids], rel=1e-5)
+    true = exactly(metric, q.astype(np.float64), vectors.astype(np.float64))
+    for threshold in (1, 1 << 30):
+        (ranking,) = dense(vectors, metric=metric, blas_threshold=threshold).search([query(q)], 10)
+        assert ranking.ids.tolist() == np.argsort(-true)[:10].tolist()
+        assert ranking.scores == pytest.approx(true[ranking.ids], rel=1e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_search_reads_the_index_once_where_scores_are_apart(
+    monkeypatch: pytest.MonkeyPatch, kind: Kind, metric: Metric
+) -> None:
+    """The full scan is for ties; were it taken always, exactness would cost a scan a query."""
+    random = np.random.default_rng(1)
+    retriever = dense(narrow(random.standard_normal((5000, 384)), kind), memory="map", threads=2, metric=metric)
+    searches, scans = searches_and_scans(retriever, monkeypatch)
+    retriever.search([query(q) for q in random.standard_normal((16, 384), dtype=np.float32)], 20)
+    assert (searches, scans) == ([16], [])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_search_reads_the_index_once_where_scores_are_apart(monkeypatch: pytest.MonkeyPatch, kind: Kind) -> None:
-    """The full scan is for ties; were it taken always, exactness would cost a scan a query."""
-    random = np.random.default_rng(1)
-    retriever = dense(narrow(random.standard_normal((5000, 384)), kind), memory="map", threads=2)
-    scans: list[int] = []
-    monkeypatch.setattr(retriever, "_scan", lambda vector, k: scans.append(k))
-    retriever.search([query(q) for q in random.standard_normal((16, 384), dtype=np.float32)], 20)
+def test_distances_small_beside_the_lengths_do_not_need_a_scan(monkeypatch: pytest.MonkeyPatch, kind: Kind) -> None:
+    """Hidden states of a model: lengths of about 30 and a few of 3,000, distances between neighbours of about 10."""
+    random = np.random.default_rng(2)
+    steps = random.standard_normal((5000, 256)) * random.uniform(0.05, 0.6, (5000, 1))
+    states = np.zeros((5000, 256))
+    for before, (state, step) in enumerate(zip(states[1:], steps, strict=False)):
+        state[:] = 0.9 * states[before] + step
+    states = 2 + states
+    states[:3] *= 100
+    retriever = dense(narrow(states, kind), memory="map", metric="squared L2")
+    searches, scans = searches_and_scans(retriever, monkeypatch)
+    probes = [query(state) for state in (states[50::300] + 0.05 * random.standard_normal(256)).astype(np.float32)]
+    for k in (1, 20, 256):
+        for probe, ranking in zip(probes, retriever.search(probes, k), strict=True):
+            assert probe.vector is not None
+            assert same(ranking, by_one_kernel(retriever, probe.vector, k))
+    assert (searches, scans) == ([17] * 3, [])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_runs_of_duplicates_are_searched_for_more_before_everything_is_scanned(
+    monkeypatch: pytest.MonkeyPatch, kind: Kind, metric: Metric
+) -> None:
+    random = np.random.default_rng(3)
+    distinct = random.standard_normal((50, 64)) + 3
+    copies = np.repeat(distinct, 100, axis=0)
+    copies[::10] += 1e-5 * random.standard_normal((500, 64))  # nearly the same
+    shuffled = narrow(copies[random.permutation(5000)], kind)
+    retriever = dense(shuffled, memory="map", metric=metric)
+    searches, scans = searches_and_scans(retriever, monkeypatch)
+    probes = [query(row) for row in (distinct[:4] + 0.1 * random.standard_normal((4, 64))).astype(np.float32)]
+    for k in (1, 20, 100, 250):
+        for probe, ranking in zip(probes, retriever.search(probes, k), strict=True):
+            assert probe.vector is not None
+            assert same(ranking, by_one_kernel(retriever, probe.vector, k))
     assert scans == []
+    assert len(searches) > 4
+    assert searches[0] == 4
 
 
-def test_a_faiss_that_multiplied_in_less_than_float32_would_not_be_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+@given(
+    seed=st.integers(0, 2**32),
+    dimension=st.sampled_from([1, 3, 16, 33, 256]),
+    batch=st.sampled_from([1, 9]),
+    blas_threshold=st.sampled_from([1, 1 << 30]),
+    offset=st.sampled_from([0.0, 1.0, 1e3, 1e5]),
+    length=st.sampled_from([1e-22, 1e-3, 1.0, 1e3, 1e12]),
+    kind=st.sampled_from(KINDS),
+    metric=st.sampled_from(METRICS),
+)
+@settings(max_examples=60, deadline=None)
+def test_faiss_and_the_one_kernel_differ_by_less_than_the_margins(
+    seed: int,
+    dimension: int,
+    batch: int,
+    blas_threshold: int,
+    offset: float,
+    length: float,
+    kind: Kind,
+    metric: Metric,
+) -> None:
+    """What the proof stands on; and each is as near to the truth."""
+    random = np.random.default_rng(seed)
+    length = np.clip(length, 1e-3, 0.1) if kind == "float16" else length
+    stored = narrow(length * (offset + random.standard_normal((300, dimension))), kind)
+    queries = (length * (offset + random.standard_normal((batch, dimension)))).astype(np.float32)
+    retriever = dense(stored, memory="map", metric=metric, blas_threshold=blas_threshold)
+    proposed, ids = retriever._propose(queries, 300)
+    for q, theirs, row in zip(queries, proposed, ids, strict=True):
+        rows = retriever.rows(row)
+        ours = retriever.score(query(q), rows)
+        margins = retriever._margins(q, ours)
+        true = exactly(metric, q.astype(np.float64), rows.astype(np.float64))
+        assert (np.abs(theirs - ours.astype(np.float64)) <= margins).all()
+        assert (np.abs(true - ours) <= margins).all()
+        assert (np.diff(margins[np.argsort(ours)]) <= 0).all()  # a better score is never less certain
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_faiss_that_multiplied_in_less_than_float32_would_not_be_believed(
+    monkeypatch: pytest.MonkeyPatch, metric: Metric
+) -> None:
     random = np.random.default_rng(5)
     vectors, q = random.standard_normal((5000, 64), dtype=np.float32), random.standard_normal(64, dtype=np.float32)
-    retriever = dense(vectors)
-    coarse = (vectors @ q + random.normal(scale=2.0, size=5000)).astype(np.float32)
+    retriever = dense(vectors, metric=metric)
+    rough = 2.0 if metric == "inner product" else 10.0
+    coarse = (exactly(metric, q, vectors) + random.normal(scale=rough, size=5000)).astype(np.float32)
     true = by_one_kernel(retriever, q, 20)
 
     def propose(queries: NDArray[np.float32], fetch: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -216,13 +347,14 @@ def test_stored_float16_and_float32_and_files_and_arrays_serve_alike(tmp_path: P
     assert "9,000 x 8" in retriever.description
 
 
-def test_half_precision_at_its_limits_is_searched_exactly() -> None:
+@pytest.mark.parametrize("metric", METRICS)
+def test_half_precision_at_its_limits_is_searched_exactly(metric: Metric) -> None:
     """Numbers below the normal range and the largest ones: decoded by faiss in the scan, by us for the scores."""
     random = np.random.default_rng(6)
     bits = random.integers(0, 1 << 16, (2000, 32)).astype(np.uint16)
     bits[:1500] &= 0x83FF  # float16 without an exponent: all below the normal range
     stored = np.where(np.isfinite(bits.view(np.float16)), bits.view(np.float16), np.float16(65504))
-    retriever, q = dense(stored, memory="map"), random.standard_normal(32, dtype=np.float32)
+    retriever, q = dense(stored, memory="map", metric=metric), random.standard_normal(32, dtype=np.float32)
     for k in (1, 400, 1990):
         assert same(retriever.search([query(q)], k)[0], by_one_kernel(retriever, q, k))
 
@@ -314,11 +446,12 @@ def test_no_queries_no_rankings_and_k_beyond_the_corpus() -> None:
         retriever.search([query(np.ones(3, np.float32))], 0)
 
 
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
     "vector", [None, [1, NAN, 0], [1, INF, 0], [-INF, 1, 0], [1, 2], [[1, 2, 3]], [3e38, 3e38, 3e38]]
 )
-def test_a_query_that_cannot_be_scored_is_refused_everywhere(vector: list[float] | None) -> None:
-    retriever = dense(np.ones((400, 3), dtype=np.float32))
+def test_a_query_that_cannot_be_scored_is_refused_everywhere(vector: list[float] | None, metric: Metric) -> None:
+    retriever = dense(np.ones((400, 3), dtype=np.float32), metric=metric)
     bad = Query(text="bad", vector=None if vector is None else np.array(vector, dtype=np.float32))
     with pytest.raises(RetrieverFailed):
         retriever.search([query(np.ones(3, np.float32)), bad], 1)
@@ -327,6 +460,21 @@ def test_a_query_that_cannot_be_scored_is_refused_everywhere(vector: list[float]
     if vector is not None:
         with pytest.raises(RetrieverFailed):
             retriever.encode([bad])
+
+
+@pytest.mark.parametrize(("stored", "asked"), [(1.0, 9.9e18), (9.9e18, 1.0), (4.9e18, -4.9e18), (-5e18, 4.9e18)])
+def test_squared_distances_that_float32_could_not_hold_are_refused(stored: float, asked: float) -> None:
+    """Lengths that together stay under 1e19 can be scored, and no search meets infinity; longer ones are refused."""
+    vectors = np.full((400, 1), stored, np.float32)
+    for threshold in (1, 1 << 30):
+        (ranking,) = dense(vectors, metric="squared L2", blas_threshold=threshold).search(
+            [query(np.array([asked], np.float32))], 3
+        )
+        assert ranking.ids.tolist() == [0, 1, 2]
+        assert ranking.scores == pytest.approx(-((asked - stored) ** 2), rel=1e-6)
+    longer = np.array([asked + np.sign(asked) * (1.1e19 - abs(stored) - abs(asked))], np.float32)
+    with pytest.raises(RetrieverFailed, match="too long for float32"):
+        dense(vectors, metric="squared L2").search([query(longer)], 3)
 
 
 def test_an_encoder_that_answers_wrongly_is_reported() -> None:

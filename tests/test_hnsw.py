@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from bundles import KINDS, documents, encoder, queries, same, some
+from bundles import KINDS, METRICS, documents, encoder, queries, same, some, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from ralmspec.retrievers.base import Document, Query
 from ralmspec.retrievers.dense import ExactDense
 from ralmspec.retrievers.errors import BadKnowledge, MissingExtra, RetrieverFailed
 from ralmspec.retrievers.hnsw import HNSWDense
-from ralmspec.retrievers.vectors import Kind, Vectors, narrow
+from ralmspec.retrievers.vectors import Kind, Metric, Vectors
 
 if importlib.util.find_spec("faiss") is None:
     pytest.skip("needs faiss (the extra 'local')", allow_module_level=True)
@@ -27,24 +28,31 @@ if importlib.util.find_spec("faiss") is None:
 DEMO = Path(__file__).parent.parent / "examples" / "demo" / "embeddings_wikipedia_minilm_f16.npy"
 SMALL: dict[str, Any] = {"m": 8, "ef_construction": 40, "chunk": 250, "checkpoint": 250}
 
+Built = Callable[..., tuple[Any, Path]]
+
 
 class Killed(Exception):
     pass
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], tuple[NDArray[Any], Path]]:
-    """Stored vectors of a kind, and the graph over them."""
-    folder, made = tmp_path_factory.mktemp("hnsw"), {}
-    for kind in KINDS:
-        HNSWDense.build(stored := narrow(some(), kind), folder / kind, **SMALL)
-        made[kind] = stored, folder / kind
-    return made.__getitem__
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Stored vectors of a kind, for a metric, and the graph over them."""
+    folder = tmp_path_factory.mktemp("hnsw")
+
+    @cache
+    def make(kind: Kind, metric: Metric = "inner product") -> tuple[Any, Path]:
+        path = folder / f"{kind} {metric}"
+        HNSWDense.build(vectors := stored(kind, metric), path, **SMALL)
+        return vectors, path
+
+    return make
 
 
-def opened(made: tuple[NDArray[Any], Path], **options: Any) -> HNSWDense:
-    stored, path = made
-    return HNSWDense(documents(len(stored)), stored, path, encoder(stored.shape[1]), **options)
+def opened(made: tuple[Any, Path], **options: Any) -> HNSWDense:
+    vectors, path = made
+    dimension = vectors.dimension if isinstance(vectors, Vectors) else vectors.shape[1]
+    return HNSWDense(documents(len(vectors)), vectors, path, encoder(dimension), **options)
 
 
 @given(
@@ -52,13 +60,15 @@ def opened(made: tuple[NDArray[Any], Path], **options: Any) -> HNSWDense:
     batch=st.integers(1, 16),
     k=st.sampled_from([1, 4, 20, 64, 300]),
     kind=st.sampled_from(KINDS),
+    metric=st.sampled_from(METRICS),
     threads=st.integers(1, 3),
 )
 @settings(max_examples=60, deadline=None)
 def test_batch_k_and_threads_change_no_bit_of_any_ranking(
-    built: Callable[[Kind], tuple[NDArray[Any], Path]], seed: int, batch: int, k: int, kind: Kind, threads: int
+    built: Built, seed: int, batch: int, k: int, kind: Kind, metric: Metric, threads: int
 ) -> None:
-    alone, together = opened(built(kind), ef_search=64), opened(built(kind), ef_search=64, threads=threads)
+    made = built(kind, metric)
+    alone, together = opened(made, ef_search=64), opened(made, ef_search=64, threads=threads)
     asked = queries(batch, seed=seed)
     for query, ranking in zip(asked, together.search(asked, k), strict=True):
         assert same(alone.search([query], 1000)[0].top(k), ranking)
@@ -68,13 +78,13 @@ def test_batch_k_and_threads_change_no_bit_of_any_ranking(
         assert order.tolist() == list(range(len(order)))
 
 
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_wide_search_of_a_small_corpus_is_exact(
-    built: Callable[[Kind], tuple[NDArray[Any], Path]], kind: Kind
-) -> None:
-    stored, path = built(kind)
-    wide = opened((stored, path), ef_search=5000)
-    exact = ExactDense(documents(len(stored)), stored, encoder(16), memory="map")
+def test_a_wide_search_of_a_small_corpus_is_exact(built: Built, kind: Kind, metric: Metric) -> None:
+    vectors, path = built(kind, metric)
+    wide = opened((vectors, path), ef_search=5000)
+    assert wide.description.startswith(f"HNSW, {Vectors.open(vectors).description}, faiss, M 8,")
+    exact = ExactDense(documents(len(vectors)), vectors, encoder(16), memory="map")
     found = wide.search(queries(10), 5000)
     reached = [len(ranking.ids) for ranking in found]
     assert min(reached) > 1150  # duplicates can cut a few vectors off from the graph, and nothing else
@@ -106,17 +116,19 @@ def test_the_index_holds_the_graph_only_and_the_vectors_are_shared(tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("every", "metric"), [(1, "inner product"), (2, "inner product"), (3, "inner product"), (2, "squared L2")]
+)
 def test_a_build_that_is_killed_again_and_again_ends_with_the_same_bytes(
-    tmp_path: Path, built: Callable[[Kind], tuple[NDArray[Any], Path]], kind: Kind, every: int
+    tmp_path: Path, built: Built, kind: Kind, every: int, metric: Metric
 ) -> None:
     """Five chunks, killed after each `every` of them, with checkpoints after the first, second, third and fourth."""
-    stored, whole = built(kind)
+    vectors, whole = built(kind, metric)
     path = tmp_path / "index"
     runs: list[list[int]] = []
 
     def tell(done: int, total: int) -> None:
-        assert total == len(stored)
+        assert total == len(vectors)
         assert path.exists() == (done == total)
         runs[-1].append(done)
         if len(runs[-1]) > every and done < total:
@@ -125,7 +137,7 @@ def test_a_build_that_is_killed_again_and_again_ends_with_the_same_bytes(
     while not path.exists():
         runs.append([])
         try:
-            HNSWDense.build(stored, path, **SMALL, tell=tell)
+            HNSWDense.build(vectors, path, **SMALL, tell=tell)
         except Killed:
             # What a kill in the middle of writing the next checkpoint leaves behind.
             (tmp_path / "index.checkpoint.new").write_bytes(b"half a graph")
@@ -135,11 +147,9 @@ def test_a_build_that_is_killed_again_and_again_ends_with_the_same_bytes(
     assert not (tmp_path / "index.checkpoint").exists()
 
 
-def test_a_build_whose_process_dies_goes_on_in_another(
-    tmp_path: Path, built: Callable[[Kind], tuple[NDArray[Any], Path]]
-) -> None:
-    stored, whole = built("float16")
-    np.save(tmp_path / "vectors.npy", stored)
+def test_a_build_whose_process_dies_goes_on_in_another(tmp_path: Path, built: Built) -> None:
+    vectors, whole = built("float16")
+    np.save(tmp_path / "vectors.npy", vectors)
     program = f"""
 import os, sys
 from ralmspec.retrievers.hnsw import HNSWDense
@@ -159,7 +169,9 @@ HNSWDense.build(sys.argv[2], sys.argv[3], **{SMALL}, tell=tell)
     assert (tmp_path / "index").read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.parametrize("change", [{"m": 9}, {"ef_construction": 41}, {"seed": 1}, {"chunk": 125}, "vectors", "kind"])
+@pytest.mark.parametrize(
+    "change", [{"m": 9}, {"ef_construction": 41}, {"seed": 1}, {"chunk": 125}, "vectors", "kind", "metric"]
+)
 def test_a_checkpoint_of_another_build_is_refused(tmp_path: Path, change: Any) -> None:
     def tell(done: int, total: int) -> None:
         if done == 500:
@@ -169,25 +181,26 @@ def test_a_checkpoint_of_another_build_is_refused(tmp_path: Path, change: Any) -
     with pytest.raises(Killed):
         HNSWDense.build(vectors, tmp_path / "index", **SMALL, tell=tell)
     options: dict[str, Any] = SMALL | change if isinstance(change, dict) else SMALL
-    other: NDArray[Any] = vectors
+    other: NDArray[Any] | Vectors = vectors
     if change == "kind":
         other = vectors.astype(np.float16)
     elif change == "vectors":
-        other = vectors.copy()
-        other[17, 3] += 1
+        other = vectors + (np.arange(len(vectors)) == 17)[:, np.newaxis].astype(np.float32)
+    elif change == "metric":
+        other = Vectors.open(vectors, metric="squared L2")
     with pytest.raises(BadKnowledge, match=r"index\.checkpoint: was left by a build with other arguments, vectors"):
         HNSWDense.build(other, tmp_path / "index", **options)
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path, built: Callable[[Kind], tuple[NDArray[Any], Path]]) -> None:
-    stored, whole = built("float32")
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, built: Built) -> None:
+    vectors, whole = built("float32")
 
     def tell(done: int, total: int) -> None:
         if done == 500:
             raise Killed
 
     with pytest.raises(Killed):
-        HNSWDense.build(stored, tmp_path / "index", **SMALL, tell=tell)
+        HNSWDense.build(vectors, tmp_path / "index", **SMALL, tell=tell)
     checkpoint = tmp_path / "index.checkpoint"
     good, random = checkpoint.read_bytes(), np.random.default_rng(0)
     damaged = [good[:cut] for cut in [0, 1, 100, len(good) // 2, len(good) - 1]] + [good + b" ", good + b"\n"]
@@ -199,13 +212,13 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, built: Callable[[Kind],
     for bad in damaged:
         checkpoint.write_bytes(bad)
         try:
-            HNSWDense.build(stored, tmp_path / "index", **SMALL)
+            HNSWDense.build(vectors, tmp_path / "index", **SMALL)
         except BadKnowledge as error:
             assert str(checkpoint) in str(error)
         else:  # a space after the JSON, or the like
             assert (tmp_path / "index").read_bytes() == whole.read_bytes()
     checkpoint.write_bytes(good)
-    HNSWDense.build(stored, tmp_path / "index", **SMALL)
+    HNSWDense.build(vectors, tmp_path / "index", **SMALL)
     assert (tmp_path / "index").read_bytes() == whole.read_bytes()
 
 
@@ -239,12 +252,13 @@ def test_seeds_and_threads_make_other_graphs_that_serve_as_well(tmp_path: Path) 
     assert len(graphs) >= 2
 
 
-def test_one_passage_is_found(tmp_path: Path) -> None:
-    vectors = np.ones((1, 3), np.float32)
+@pytest.mark.parametrize(("metric", "score"), [("inner product", 6.0), ("squared L2", -5.0)])
+def test_one_passage_is_found(tmp_path: Path, metric: Metric, score: float) -> None:
+    vectors = Vectors.open(np.ones((1, 3), np.float32), metric=metric)
     HNSWDense.build(vectors, tmp_path / "index")
     retriever = opened((vectors, tmp_path / "index"))
     (ranking,) = retriever.search([Query(text="q", vector=np.array([1, 2, 3], np.float32))], 5)
-    assert (ranking.ids.tolist(), ranking.scores.tolist()) == ([0], [6.0])
+    assert (ranking.ids.tolist(), ranking.scores.tolist()) == ([0], [score])
     assert retriever.document(0) == Document(0, "title 0", "text 0")
     assert retriever.search([], 5) == []
     with pytest.raises(ValueError, match="at least 1 document, not 0"):
@@ -253,24 +267,30 @@ def test_one_passage_is_found(tmp_path: Path) -> None:
         retriever.search([Query(text="q", vector=np.array([1, np.nan, 3], np.float32))], 1)
 
 
-def test_files_that_are_no_such_graph_are_refused_by_name(
-    tmp_path: Path, built: Callable[[Kind], tuple[NDArray[Any], Path]]
-) -> None:
+def test_an_index_for_another_metric_is_refused_by_name(built: Built) -> None:
+    for metric, other in (METRICS, METRICS[::-1]):
+        (vectors, _), (_, path) = built("float16", metric), built("float16", other)
+        with pytest.raises(BadKnowledge, match=f"another metric than the {metric} of its vectors") as raised:
+            opened((vectors, path))
+        assert str(raised.value).startswith(f"{path}: ")
+
+
+def test_files_that_are_no_such_graph_are_refused_by_name(tmp_path: Path, built: Built) -> None:
     import faiss
 
-    stored, whole = built("float32")
+    vectors, whole = built("float32")
     indexes: dict[str, Any] = {
         "flat": faiss.IndexFlatIP(16),
         "with vectors": faiss.IndexHNSWFlat(16, 8, faiss.METRIC_INNER_PRODUCT),
         "other metric": faiss.IndexHNSWFlat(16, 8),
     }
     for name, index in indexes.items():
-        index.add(stored)
+        index.add(vectors)
         flags: Any = faiss.IO_FLAG_SKIP_STORAGE if name == "other metric" else 0
         file: Any = str(tmp_path / name)
         faiss.write_index(index, file, flags)
-    HNSWDense.build(stored[:-1], tmp_path / "fewer", **SMALL)
-    HNSWDense.build(stored[:, :8].copy(), tmp_path / "narrower", **SMALL)
+    HNSWDense.build(vectors[:-1], tmp_path / "fewer", **SMALL)
+    HNSWDense.build(vectors[:, :8].copy(), tmp_path / "narrower", **SMALL)
     (tmp_path / "text").write_text("no index")
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "cut").write_bytes(whole.read_bytes()[:-100])
@@ -288,7 +308,7 @@ def test_files_that_are_no_such_graph_are_refused_by_name(
     }
     for name, message in messages.items():
         with pytest.raises(BadKnowledge, match=message) as raised:
-            opened((stored, tmp_path / name))
+            opened((vectors, tmp_path / name))
         assert str(raised.value).startswith(f"{tmp_path / name}: ")
 
 
@@ -312,7 +332,7 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path: Path, wrong: dict[st
         HNSWDense.build(some(), tmp_path / "index", **SMALL | wrong)
 
 
-def test_a_search_holds_a_candidate(built: Callable[[Kind], tuple[NDArray[Any], Path]]) -> None:
+def test_a_search_holds_a_candidate(built: Built) -> None:
     with pytest.raises(ValueError, match="at least 1 candidate, not 0"):
         opened(built("float32"), ef_search=0)
 

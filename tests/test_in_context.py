@@ -16,6 +16,8 @@ from ralmspec.pipeline import (
     Ranking,
     Synchronous,
 )
+from ralmspec.stages.messages import Check
+from ralmspec.stages.request import Request
 
 ONE = np.ones(1, dtype=np.float32)
 
@@ -58,8 +60,8 @@ def test_an_empty_prompt_is_refused(prompt: str) -> None:
 
 def test_the_query_is_the_end_of_the_context() -> None:
     workload = InContext(query_tokens=2).bind(FakeModel(), FakeRetriever())
-    assert workload.query([1, 2, 3]).text == "2 3"
-    assert InContext().bind(FakeModel(), FakeRetriever()).query(range(40)).text.split()[0] == "8", "32 tokens"
+    assert workload.query([1, 2, 3], None).text == "2 3"
+    assert InContext().bind(FakeModel(), FakeRetriever()).query(range(40), None).text.split()[0] == "8", "32 tokens"
 
 
 def test_the_document_stands_first_and_only_the_newest() -> None:
@@ -93,8 +95,21 @@ def test_the_room_that_the_model_must_have() -> None:
 
 def test_guesses_agree_by_their_first_document() -> None:
     workload = InContext().bind(FakeModel(), FakeRetriever())
-    assert workload.agree(Ranking(np.array([5]), ONE), Ranking(np.array([5, 6]), ONE))
-    assert not workload.agree(Ranking(np.array([6]), ONE), Ranking(np.array([5, 6]), ONE))
+    request = Request(prompt=(1,))
+    for guess, right in ((5, True), (6, False)):
+        guessed = Ranking(np.array([guess]), ONE)
+        check = Check(
+            session=1,
+            epoch=0,
+            step=0,
+            query=Query(text=""),
+            guess=guessed,
+            position=0,
+            frontier=None,
+            request=request,
+            cache=None,
+        )
+        assert workload.agree(check, Ranking(np.array([5, 6]), ONE)) is right
 
 
 @pytest.mark.parametrize("name", ["retrieval_stride", "query_tokens", "max_prompt_tokens", "max_document_tokens"])

@@ -73,7 +73,7 @@ def test_every_kind_is_built_and_found_again(built: Path, kind: str) -> None:
 
 def test_the_manifest_says_what_was_built(built: Path) -> None:
     manifest = Manifest.read(built)
-    assert sorted(manifest.kinds) == sorted(KINDS) and manifest.passages == COUNT
+    assert sorted(manifest.kinds) == sorted(KINDS) and manifest.documents == COUNT
     assert manifest.encoder is not None and (manifest.encoder.name, manifest.encoder.dimension) == ("minilm", 384)
     assert manifest.parts["hnsw"]["m"] == 32 and manifest.parts["vectors"]["storage"] == "float32"
     assert {path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()} == {
@@ -88,7 +88,7 @@ def test_a_build_that_is_killed_again_and_again_gives_the_same_bytes(
 ) -> None:
     folder = tmp_path / "index"
     program = Path(__file__).with_name("killed_builds.py")
-    arguments = [str(source), str(folder), ",".join(KINDS), str(embeddings), str(seed)]
+    arguments = ["index", str(source), str(folder), ",".join(KINDS), str(embeddings), str(seed)]
     done = subprocess.run([sys.executable, str(program), *arguments], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 3, "it was killed"

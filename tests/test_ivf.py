@@ -4,12 +4,13 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from bundles import KINDS, documents, encoder, queries, same, some
+from bundles import KINDS, METRICS, documents, encoder, queries, same, some, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -18,14 +19,14 @@ from ralmspec.retrievers.base import Query, Ranking
 from ralmspec.retrievers.dense import ExactDense
 from ralmspec.retrievers.errors import BadKnowledge, MissingExtra, RetrieverFailed
 from ralmspec.retrievers.ivf import IVFDense
-from ralmspec.retrievers.vectors import Kind, narrow
+from ralmspec.retrievers.vectors import Kind, Metric, Vectors
 
 if importlib.util.find_spec("faiss") is None:
     pytest.skip("needs faiss (the extra 'local')", allow_module_level=True)
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo" / "embeddings_wikipedia_minilm_f16.npy"
 
-Built = Callable[[Kind], tuple[NDArray[Any], Path]]
+Built = Callable[..., tuple[Any, Path]]
 
 
 def lists_of(index: Any) -> list[NDArray[np.int64]]:
@@ -43,17 +44,22 @@ def lists_of(index: Any) -> list[NDArray[np.int64]]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Stored vectors of a kind, and the lists of them."""
-    folder, made = tmp_path_factory.mktemp("ivf"), {}
-    for kind in KINDS:
-        IVFDense.build(stored := narrow(some(), kind), folder / kind, lists=40)
-        made[kind] = stored, folder / kind
-    return made.__getitem__
+    """Stored vectors of a kind, for a metric, and the lists of them."""
+    folder = tmp_path_factory.mktemp("ivf")
+
+    @cache
+    def make(kind: Kind, metric: Metric = "inner product") -> tuple[Any, Path]:
+        path = folder / f"{kind} {metric}"
+        IVFDense.build(vectors := stored(kind, metric), path, lists=40)
+        return vectors, path
+
+    return make
 
 
-def opened(made: tuple[NDArray[Any], Path], **options: Any) -> IVFDense:
-    stored, path = made
-    return IVFDense(documents(len(stored)), stored, path, encoder(stored.shape[1]), **options)
+def opened(made: tuple[Any, Path], **options: Any) -> IVFDense:
+    vectors, path = made
+    dimension = vectors.dimension if isinstance(vectors, Vectors) else vectors.shape[1]
+    return IVFDense(documents(len(vectors)), vectors, path, encoder(dimension), **options)
 
 
 @given(
@@ -62,17 +68,18 @@ def opened(made: tuple[NDArray[Any], Path], **options: Any) -> IVFDense:
     k=st.sampled_from([1, 4, 20, 300, 2000]),
     probes=st.sampled_from([1, 3, 10]),
     kind=st.sampled_from(KINDS),
+    metric=st.sampled_from(METRICS),
     threads=st.integers(1, 3),
 )
 @settings(max_examples=60, deadline=None)
 def test_a_search_ranks_the_nearest_lists_by_the_one_kernel(
-    built: Built, seed: int, batch: int, k: int, probes: int, kind: Kind, threads: int
+    built: Built, seed: int, batch: int, k: int, probes: int, kind: Kind, metric: Metric, threads: int
 ) -> None:
     """By definition, and so independent of batch, k and threads."""
     import faiss
 
-    retriever = opened(built(kind), probes=probes, threads=threads, depth=2000)
-    index: Any = faiss.read_index(str(built(kind)[1]))
+    retriever = opened(built(kind, metric), probes=probes, threads=threads, depth=2000)
+    index: Any = faiss.read_index(str(built(kind, metric)[1]))
     centroids, contents = index.quantizer.reconstruct_n(0, index.nlist), lists_of(index)
     asked = queries(batch, seed=seed)
     for query, ranking in zip(asked, retriever.search(asked, k), strict=True):
@@ -86,11 +93,13 @@ def test_a_search_ranks_the_nearest_lists_by_the_one_kernel(
         assert len(ranking.ids) >= 1
 
 
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("depth", [1, 5, 40])
-def test_the_ranking_for_k_begins_the_ranking_for_more(built: Built, kind: Kind, depth: int) -> None:
+def test_the_ranking_for_k_begins_the_ranking_for_more(built: Built, kind: Kind, metric: Metric, depth: int) -> None:
     """Equal scores abound at every cut; neither k nor the batch nor threads change what is found."""
-    retriever, threaded = (opened(built(kind), probes=7, depth=depth, threads=threads) for threads in (1, 3))
+    made = built(kind, metric)
+    retriever, threaded = (opened(made, probes=7, depth=depth, threads=threads) for threads in (1, 3))
     asked = queries(20)
     whole = retriever.search(asked, 1000)
     assert all(1 <= len(ranking.ids) <= depth for ranking in whole)
@@ -101,11 +110,13 @@ def test_the_ranking_for_k_begins_the_ranking_for_more(built: Built, kind: Kind,
             assert same(found, all_of_it.top(k))
 
 
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_lists_together_are_the_exact_index_bit_for_bit(built: Built, kind: Kind) -> None:
-    stored, path = built(kind)
-    everywhere = opened((stored, path), probes=10_000, depth=1200, threads=2)
-    exact = ExactDense(documents(len(stored)), stored, encoder(16))
+def test_all_lists_together_are_the_exact_index_bit_for_bit(built: Built, kind: Kind, metric: Metric) -> None:
+    vectors, path = built(kind, metric)
+    everywhere = opened((vectors, path), probes=10_000, depth=1200, threads=2)
+    assert everywhere.description.startswith(f"IVF, {Vectors.open(vectors).description}, faiss, 40 lists,")
+    exact = ExactDense(documents(len(vectors)), vectors, encoder(16))
     for k in (1, 30, 1200):
         for found, true in zip(everywhere.search(queries(10), k), exact.search(queries(10), k), strict=True):
             assert same(found, true)
@@ -135,9 +146,10 @@ def test_every_vector_is_in_one_list_and_a_search_finds_some(tmp_path: Path, n: 
         assert 1 <= len(ranking.ids) <= 3
 
 
-def test_the_same_arguments_make_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_same_arguments_make_the_same_bytes(tmp_path: Path, metric: Metric) -> None:
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
-        IVFDense.build(some(), tmp_path / name, seed=seed)
+        IVFDense.build(stored("float32", metric), tmp_path / name, seed=seed)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "again").read_bytes()
     assert (tmp_path / "one").read_bytes() != (tmp_path / "other").read_bytes()
 
@@ -177,6 +189,24 @@ def test_an_index_of_other_vectors_is_refused_by_name(tmp_path: Path, built: Bui
     faiss.write_index(by_distance, str(tmp_path / "index"))
     with pytest.raises(BadKnowledge, match="another metric"):
         opened((some(), tmp_path / "index"))
+
+
+def test_an_index_for_another_metric_is_refused_by_name(built: Built) -> None:
+    for metric, other in (METRICS, METRICS[::-1]):
+        (vectors, _), (_, path) = built("float16", metric), built("float16", other)
+        with pytest.raises(BadKnowledge, match=f"another metric than the {metric} of its vectors") as raised:
+            opened((vectors, path))
+        assert str(raised.value).startswith(f"{path}: ")
+
+
+def test_centroids_are_of_unit_length_for_the_inner_product_only(built: Built) -> None:
+    """By distance a centroid is the mean of its vectors; cut to length 1 it would be far from all of them."""
+    import faiss
+
+    for metric in METRICS:
+        index: Any = faiss.read_index(str(built("float32", metric)[1]))
+        lengths = np.linalg.norm(index.quantizer.reconstruct_n(0, index.nlist), axis=1)
+        assert bool((abs(lengths - 1) < 1e-5).all()) == (metric == "inner product")
 
 
 def test_files_that_are_no_such_index_are_refused_by_name(tmp_path: Path) -> None:

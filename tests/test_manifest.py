@@ -23,9 +23,11 @@ def index(tmp_path: Path) -> Path:
         for path in (tmp_path / part).iterdir()
     }
     Manifest(
+        content="index",
         created="2026-01-02T03:04:05+00:00",
-        passages=7,
+        documents=7,
         encoder=EncoderFacts(name="minilm", dimension=384, fingerprint="ab"),
+        metric="inner product",
         parts={"passages": {"count": 7}, "bm25": {"k1": 0.9}},
         versions={"numpy": "2.4.6"},
         files=files,
@@ -41,7 +43,7 @@ def load(index: Path) -> Manifest:
 
 def test_what_is_saved_is_read(index: Path) -> None:
     manifest = load(index)
-    assert manifest.passages == 7 and manifest.parts["bm25"] == {"k1": 0.9}
+    assert manifest.documents == 7 and manifest.kinds == ["bm25"] and manifest.parts["bm25"] == {"k1": 0.9}
     assert manifest.files["bm25/a.npy"].bytes == 500
     before = (index / NAME).read_bytes()
     manifest.save(index)
@@ -111,8 +113,23 @@ def test_what_is_no_index_folder_is_refused(index: Path, folder: str) -> None:
         Manifest.read(index / folder)
 
 
+@pytest.mark.parametrize("folder", ["nowhere", "passages/passages.jsonl"])
+def test_what_is_no_datastore_is_refused(index: Path, folder: str) -> None:
+    with pytest.raises(BadKnowledge, match=r"no datastore of KNN-LM; make one with `ralmspec knn build`"):
+        Manifest.read(index / folder, "datastore")
+
+
+def test_an_index_is_not_taken_for_a_datastore_nor_a_datastore_for_an_index(index: Path) -> None:
+    with pytest.raises(BadKnowledge, match="is an index folder, not a datastore of KNN-LM; .*`ralmspec index`"):
+        Manifest.read(index, "datastore")
+    Manifest.read(index).model_copy(update={"content": "datastore"}).save(index)
+    assert Manifest.read(index, "datastore").documents == 7
+    with pytest.raises(BadKnowledge, match="is a datastore of KNN-LM, not an index folder; .*`ralmspec knn`"):
+        Manifest.read(index)
+
+
 def test_files_of_another_version_are_refused(index: Path) -> None:
     path = index / NAME
-    path.write_text(path.read_text().replace("ralmspec index 1", "ralmspec index 2"))
+    path.write_text(path.read_text().replace("ralmspec folder 1", "ralmspec folder 2"))
     with pytest.raises(BadKnowledge, match="version"):
         Manifest.read(index)

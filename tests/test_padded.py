@@ -81,6 +81,11 @@ def test_distractors_are_near_passages_short_and_the_same_for_a_seed(
     assert not np.array_equal(wide, with_distractors(vectors, 1000, noise=0.5, norm=0.4, seed=8))
 
 
+def test_padding_is_for_the_inner_product(vectors: NDArray[np.float32]) -> None:
+    with pytest.raises(ValueError, match="inner product only"):
+        PaddedDense(PASSAGES, Vectors.open(vectors, metric="squared L2"), ENCODER, pad_to=5000)
+
+
 def test_cannot_pad_to_less_than_there_is(vectors: NDArray[np.float32]) -> None:
     with pytest.raises(ValueError, match="cannot pad 300 passages to 299"):
         PaddedDense(PASSAGES, vectors, ENCODER, pad_to=299)

@@ -19,6 +19,7 @@ from simulation import Eager
 from ralmspec.pipeline import (
     Arrangement,
     Asynchronous,
+    Continuous,
     Done,
     Limits,
     Overloaded,
@@ -156,7 +157,7 @@ def test_r3_a_rollback_is_a_write_and_a_wake() -> None:
         seen += 1
         assert session.epoch == epoch + 1
         (redone,) = session.steps
-        assert redone.certain and not redone.tokens and not session.checks
+        assert redone.certain and not redone.tokens and not session.checks.queued
         (true,) = [verdict.truth for verdict in verdicts if verdict.step == redone.index]
         assert redone.retrieved is not None and redone.retrieved.ids[0] == true.ids[0]
         assert session.context[len(session.request.prompt) :] == session.committed
@@ -203,6 +204,22 @@ def test_r4_stale_verdicts_are_dropped() -> None:
     run(scenario)
 
 
+def test_r4_stale_verdicts_of_another_batch_are_dropped() -> None:
+    """Three batches are in flight when the first one's verdict is a rollback; the others come home later."""
+
+    async def scenario() -> None:
+        retriever = AlwaysMisses()
+        retriever.concurrency = 3
+        speculation = Continuous(window=9, flights=3, prefetch=1)
+        workers = fixed(model=0.01, index=0.2)
+        async with opened(retriever=retriever, speculation=speculation, worker=workers) as pipeline:
+            statistics = (await exact(pipeline)).statistics
+            assert statistics.checked == statistics.rollbacks == TOKENS // 2 - 1
+            assert statistics.kb_calls > statistics.checked + 3
+
+    run(scenario)
+
+
 def test_r4_ids_are_never_used_twice() -> None:
     """Not even by two pipelines that share a model, and so its memory."""
 
@@ -224,42 +241,52 @@ def test_r4_ids_are_never_used_twice() -> None:
 
 
 class InFlight(VirtualWorker):
-    """Counts the queries that are with the knowledge base."""
+    """Counts the searches, and the queries, that are with the knowledge base."""
 
+    flights = 0
+    most_flights = 0
     now = 0
     most = 0
 
     async def call(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         batch: Any = arguments
         queries = sum(len(checks) for checks in batch[0]) if self.name == "index" else 0
-        assert not (queries and InFlight.now), "verdicts of two searches could come in any order"
+        InFlight.flights += queries > 0
         InFlight.now += queries
+        InFlight.most_flights = max(InFlight.most_flights, InFlight.flights)
         InFlight.most = max(InFlight.most, InFlight.now)
         try:
             return await super().call(work, *arguments)
         finally:
             InFlight.now -= queries
+            InFlight.flights -= queries > 0
 
 
 @pytest.mark.parametrize("misses", [False, True])
 def test_r5_a_session_has_at_most_k_checks_in_flight(misses: bool) -> None:
-    async def scenario(window: int) -> None:
+    async def scenario(kind: type[Eager | Continuous], window: int, flights: int) -> None:
         retriever = AlwaysMisses() if misses else FakeRetriever(documents=1)
         retriever.concurrency = 8
         delay = {"model": 0.01, "index": 0.5}
         async with opened(
             retriever=retriever,
-            speculation=Eager(window=window),
+            speculation=kind(window=window, flights=flights),
             worker=lambda name, threads: InFlight(name, lambda name: delay.get(name, 0.0)),
         ) as pipeline:
             await exact(pipeline)
             await until(lambda: not pipeline.live_sessions)
 
-    for window in (2, 3, 5):
-        InFlight.now = InFlight.most = 0
-        run(scenario, window)
+    for window, flights in ((2, 1), (3, 1), (5, 1), (5, 2), (3, 8)):
+        InFlight.now = InFlight.most = InFlight.most_flights = 0
+        run(scenario, Eager, window, flights)
         assert 1 <= InFlight.most <= window and not InFlight.now
-    assert misses or InFlight.most >= 3
+        assert InFlight.most_flights <= flights
+        assert misses or InFlight.most_flights == min(window, flights)
+    assert misses or InFlight.most == 3
+    for window, flights in ((3, 2), (4, 3), (6, 2)):
+        InFlight.most = 0
+        run(scenario, Continuous, window, flights)
+        assert InFlight.most <= window and not InFlight.now
 
 
 def test_r5_credits_come_home_from_faults_and_ended_sessions() -> None:
@@ -271,7 +298,7 @@ def test_r5_credits_come_home_from_faults_and_ended_sessions() -> None:
             for _ in range(3):
                 async with pipeline.session(PROMPT) as session:
                     sessions.append(state(session))
-                    await until(lambda: sessions[-1].flying)
+                    await until(lambda: sessions[-1].checks.flying)
                     if breaks:
                         workers["index"].fault = fault
                         with pytest.raises(RetrieverFailed, match="once"):
@@ -280,9 +307,9 @@ def test_r5_credits_come_home_from_faults_and_ended_sessions() -> None:
                         workers["index"].fault = lambda name: None
                     else:
                         session.cancel()
-                assert breaks or sessions[-1].flying, "an ended session keeps its credits until they are home"
+                assert breaks or sessions[-1].checks.flying, "an ended session keeps its credits until they are home"
                 await until(lambda: not pipeline.live_sessions)
-                assert not sessions[-1].flying
+                assert not sessions[-1].checks.flying
             await exact(pipeline)
 
     def fault(name: str) -> None:
@@ -329,7 +356,7 @@ def test_r6_a_turn_in_a_queue_is_not_home() -> None:
             async with pipeline.session(PROMPT) as first:
                 await until(lambda: workers["index"].running)
                 async with pipeline.session("2 7") as second:
-                    await until(lambda: Place.VERIFY in state(second).out)
+                    await until(lambda: state(second).checks.flying)
                 assert pipeline.live_sessions == 2
                 await anyio.sleep(40)
                 assert pipeline.live_sessions == 2

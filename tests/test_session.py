@@ -16,6 +16,7 @@ from ralmspec.pipeline import (
     Asynchronous,
     Cancelled,
     Committed,
+    Continuous,
     Done,
     Drafted,
     Event,
@@ -28,7 +29,7 @@ from ralmspec.pipeline import (
     Synchronous,
 )
 from ralmspec.retrievers.cache import SessionCache
-from ralmspec.stages.messages import Check, Pass, Place, Turn, Verdict
+from ralmspec.stages.messages import Check, Decoded, Pass, Place, Turn, Verdict
 from ralmspec.stages.request import Request, Status
 from ralmspec.stages.session import Session
 from ralmspec.stages.step import Move
@@ -58,7 +59,7 @@ class Hand:
             Request(prompt=PROMPT, unread_limit=unread_limit, end_tokens=self.model.end_tokens, **request),
             workload=InContext(retrieval_stride=stride).bind(self.model, self.retriever),
             arrangement=speculation,
-            cache=SessionCache(self.retriever),
+            cache=SessionCache(self.retriever) if speculation.guesses else None,
             render=self.model.decode,
             emit=self.emit,
             now=lambda: self.at,
@@ -74,18 +75,24 @@ class Hand:
         return query
 
     def look(self) -> None:
-        self.session.looked(self.session.epoch, self.ask(), seconds=0.0)
+        query = self.ask()
+        self.session.looked(self.session.epoch, query, self.guess(query), seconds=0.0)
+
+    def guess(self, query: Query) -> Ranking | None:
+        return self.session.cache.best(query) if self.session.cache is not None else None
 
     def decode(self, *tokens: int) -> None:
         for token in tokens:
             made = self.session.next_pass()
             assert made is not None
-            self.session.decoded(made, token, seconds=0.0)
+            self.session.decoded(made, Decoded(token, None), seconds=0.0)
 
-    def launch(self) -> list[Check]:
+    def turn(self, checks: Sequence[Check]) -> Turn:
+        return Turn(session=1, epoch=self.session.epoch, place=Place.VERIFY, issued=0.0, checks=tuple(checks))
+
+    def launch(self) -> Sequence[Check]:
         assert self.session.checks_due
-        self.session.launch()
-        return self.session.take_checks()
+        return self.session.take_checks(self.turn(self.session.launch()))
 
     def judge(self, checks: Sequence[Check], *documents: int) -> None:
         verdicts = [
@@ -94,12 +101,15 @@ class Hand:
                 epoch=check.epoch,
                 step=check.step,
                 truth=Ranking(np.array([document]), np.ones(1, dtype=np.float32)),
-                rows=self.retriever.rows(np.array([document])),
+                right=check.guess is not None and bool(check.guess.ids[0] == document),
+                wanted=np.empty(0, dtype=np.int64),
             )
             for check, document in zip(checks, documents, strict=True)
         ]
+        if self.session.cache is not None:
+            self.session.cache.insert(np.array(documents), self.retriever.rows(np.array(documents)))
         self.session.judge(verdicts, search_s=0.0, verification_s=0.0)
-        self.session.come_home(Turn(session=1, epoch=self.session.epoch, place=Place.VERIFY, issued=0.0))
+        self.session.come_home(self.turn(checks))
 
     def guesses(self, *documents: int) -> None:
         """What the cache will guess, one look-up after the other."""
@@ -108,6 +118,7 @@ class Hand:
         def best(query: Query, n: int = 1) -> Ranking:
             return Ranking(np.array([queue.pop(0)]), np.zeros(1, dtype=np.float32))
 
+        assert self.session.cache is not None
         self.session.cache.best = best  # type: ignore[method-assign]
 
     def begin(self, document: int = 5) -> None:
@@ -190,10 +201,11 @@ def test_a_rollback_in_the_middle_keeps_what_is_before_it() -> None:
     assert (retraction.step, retraction.tokens, retraction.document.id) == (2, 2, 9)
     made = session.next_pass()
     assert made is not None
+    assert made.retrieved is not None
     assert (made.step, made.position, made.epoch, int(made.retrieved.ids[0])) == (2, 4, 1, 9)
     hand.decode(8, 8)
     assert hand.committed()[-1] == (8, 8), "the redo needs no check"
-    assert not session.checks and session.move is Move.LOOK
+    assert not session.checks.queued and session.move is Move.LOOK
     statistics = session.statistics
     assert (statistics.rollbacks, statistics.wasted_tokens, statistics.checked, statistics.matched) == (1, 2, 2, 1)
 
@@ -206,7 +218,7 @@ def test_a_stale_token_is_dropped() -> None:
     running = hand.session.next_pass()
     assert running is not None
     hand.judge(checks, 9)
-    hand.session.decoded(running, 4, seconds=0.0)
+    hand.session.decoded(running, Decoded(4, None), seconds=0.0)
     assert hand.session.context == [*PROMPT, 1, 2]
     assert hand.session.statistics.wasted_tokens == 2
     assert not [event for event in hand.events if isinstance(event, Drafted) and event.token == 4]
@@ -221,16 +233,40 @@ def test_a_stale_look_up_is_dropped() -> None:
     hand.decode(3, 4)
     query, epoch = hand.ask(), hand.session.epoch
     hand.judge(checks, 9)
-    hand.session.looked(epoch, query, seconds=0.0)
-    assert len(hand.session.steps) == 1 and not hand.session.checks
+    hand.session.looked(epoch, query, hand.guess(query), seconds=0.0)
+    assert len(hand.session.steps) == 1 and not hand.session.checks.queued
     assert hand.session.move is Move.DECODE
 
 
-def test_documents_after_a_wrong_guess_enter_the_cache_too() -> None:
-    hand = Hand(Synchronous(speculation_stride=2, prefetch=1))
-    hand.play((1, 2), (3, 4), guesses=(5, 5))
-    hand.judge(hand.launch(), 9, 11)
-    assert all(document in hand.session.cache for document in (5, 9, 11))
+def test_verdicts_after_a_rollback_in_their_batch_judge_no_later_step() -> None:
+    """Steps 2 and 3 were found right, but after a step 1 that was not the true one. What comes now are others."""
+    hand = Hand(Eager(window=6))
+    hand.play((1, 2), (3, 4), (5, 6), guesses=(5,) * 7)
+    hand.judge(hand.launch(), 9, 5, 5)
+    hand.decode(7, 8)
+    hand.look()
+    checks = hand.launch()
+    hand.decode(1, 1)
+    hand.look()
+    hand.decode(2, 2)
+    hand.judge(checks, 5)
+    assert [(step.index, step.certain) for step in hand.session.steps] == [(3, False)]
+
+
+def test_verdicts_are_applied_in_step_order_whatever_order_they_come_in() -> None:
+    hand = Hand(Eager(window=6, flights=2), stride=1)
+    hand.play((1,), guesses=(5,) * 4)
+    first = hand.launch()
+    hand.decode(2)
+    hand.look()
+    second = hand.launch()
+    hand.decode(3)
+    hand.judge(second, 8)
+    assert hand.committed() == [(1,)] and hand.session.epoch == 0, "nothing is known of the step before it"
+    hand.judge(first, 5)
+    assert hand.committed() == [(1,), (2,)] and hand.session.epoch == 1
+    hand.decode(4)
+    assert hand.committed() == [(1,), (2,), (4,)]
 
 
 # Ends ------------------------------------------------------------------------------------------------------------
@@ -280,7 +316,7 @@ def test_the_first_end_wins() -> None:
     assert checks_of_an_ended_session is not None
     hand.session.finish(Status.CANCELLED, Cancelled("first"))
     hand.session.finish(Status.FAILED, RetrieverFailed("second"))
-    hand.session.decoded(checks_of_an_ended_session, 4, seconds=0.0)
+    hand.session.decoded(checks_of_an_ended_session, Decoded(4, None), seconds=0.0)
     (done,) = hand.events
     assert isinstance(done, Done) and isinstance(done.error, Cancelled)
     assert hand.session.status is Status.CANCELLED and not hand.committed() and hand.session.move is None
@@ -296,9 +332,9 @@ def test_a_verdict_after_the_end_changes_nothing() -> None:
     hand.look()
     checks = hand.launch()
     hand.session.finish(Status.CANCELLED, Cancelled("left"))
-    assert hand.session.flying and not hand.session.home
+    assert hand.session.checks.flying and not hand.session.home
     hand.judge(checks, 5)
-    assert not hand.session.flying and len(hand.events) == 1
+    assert not hand.session.checks.flying and len(hand.events) == 1
 
 
 def test_a_reader_that_leaves_too_much_unread_stops_new_work_only() -> None:
@@ -358,16 +394,16 @@ def test_drafted_characters_are_never_split(text: str, stride: int) -> None:
     )  # fmt: skip
     hand.begin()
     hand.guesses(*[5] * len(tokens))
-    checks: list[Check] = []
+    checks: Sequence[Check] = ()
     while not hand.session.final:
         if hand.session.move is Move.DECODE:
             hand.decode(tokens[len(hand.session.context) - len(PROMPT)])
         elif checks:
             hand.judge(checks, *[5] * len(checks))
-            checks = []
+            checks = ()
         else:
             hand.look()
-        if hand.session.checks and hand.session.checks_due and not checks:
+        if hand.session.checks_due and not checks:
             checks = hand.launch()
     assert "".join(event.text for event in hand.events if isinstance(event, Committed)) == text
     certain = len(tokens[:stride])  # the first step was no draft
@@ -392,6 +428,9 @@ SPECULATIONS: list[Arrangement] = [
     *(kind(speculation_stride=stride, prefetch=1) for kind in (Synchronous, Asynchronous) for stride in (1, 2, 4)),
     Eager(window=2),
     Eager(window=4),
+    Eager(window=4, flights=3),
+    Continuous(window=6, flights=2),
+    Continuous(window=2),
 ]
 
 
@@ -411,16 +450,16 @@ def test_whatever_comes_home_when_the_output_is_the_oracles(data: st.DataObject)
     session = hand.session
     asked: tuple[int, Query] | None = None
     made: Pass | None = None
-    checks: list[Check] = []
+    flying: list[Sequence[Check]] = []
     while not session.final:
         possible = []
         if asked or made:
             possible.append("answer")
         elif session.move is not None:
             possible.append("ask")
-        if checks:
+        if flying:
             possible.append("judge")
-        elif session.checks_due:
+        if session.checks_due:
             possible.append("launch")
         if session.unread:
             possible.append("read")
@@ -431,25 +470,26 @@ def test_whatever_comes_home_when_the_output_is_the_oracles(data: st.DataObject)
             case "ask":
                 made = session.next_pass()
             case "answer" if asked:
-                session.looked(*asked, seconds=0.0)
+                session.looked(*asked, hand.guess(asked[1]), seconds=0.0)
                 asked = None
             case "answer":
                 assert made is not None
                 prefix = session.workload.prefix(made.context, made.retrieved)
                 (frontier,) = hand.model.forward([type("P", (), {"tokens": prefix})()])
-                token = session.workload.choose(frontier, made.retrieved, made.position, made.sampling)
-                session.decoded(made, token, seconds=0.0)
+                token = made.request.sampling.pick(frontier.logits, made.position)
+                session.decoded(made, Decoded(token, None), seconds=0.0)
                 made = None
             case "launch":
-                checks = hand.launch()
+                flying.append(hand.launch())
             case "judge":
+                checks = flying.pop(data.draw(st.integers(0, len(flying) - 1), label="flight"))
                 rankings = hand.retriever.search([check.query for check in checks], 1)
                 hand.judge(checks, *(int(ranking.ids[0]) for ranking in rankings))
-                checks = []
             case "read":
                 session.heard()
         assert len(session.steps) <= session.arrangement.window
-        assert len(session.flying) <= session.arrangement.window
+        assert session.checks.credits_out <= session.arrangement.window
+        assert len(session.checks.flying) <= session.arrangement.flights
     tokens, documents = sequential(
         hand.model, hand.retriever, PROMPT,
         max_new_tokens=session.request.max_new_tokens, retrieval_stride=session.workload.retrieval_stride,

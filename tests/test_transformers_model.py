@@ -1,6 +1,9 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 """The local model continues prefixes exactly, whatever its KV slots hold and whatever fails."""
 
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import transformers
 from tiny_models import CONTEXT, SPECIAL, VOCABULARY, tiny_model
 
 from ralmspec.stages import checkpoint as checkpoints
-from ralmspec.stages.errors import ModelFailed
+from ralmspec.stages.errors import BadModel, ModelFailed
 from ralmspec.stages.model import Prefix
 from ralmspec.stages.transformers_model import TransformersModel
 
@@ -149,6 +152,185 @@ def test_a_read_only_array_is_as_good(load):
     tokens.setflags(write=False)
     (frontier,) = load().forward([Prefix(session=1, tokens=tokens)])
     assert frontier.logits.shape == (VOCABULARY,)
+
+
+# Keys
+
+
+def reference(family, path, dtype, tokens):
+    """Logits, and what enters the last feed-forward layer, from the network's own modules: float64 [b, w, ...].
+
+    The logits are also computed from that state alone, so it is what stands in that place and nothing else.
+    """
+    network = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    attended = []
+    with torch.inference_mode():
+        match family:
+            case "gpt2":
+                block, attention = network.transformer.h[-1], network.transformer.h[-1].attn
+                before, feed, after, last = block.ln_2, block.mlp, network.transformer.ln_f, None
+            case "opt":
+                block = network.model.decoder.layers[-1]
+                attention, last = block.self_attn, network.model.decoder.final_layer_norm
+                after = last or block.final_layer_norm
+                before = block.final_layer_norm if block.do_layer_norm_before else block.self_attn_layer_norm
+                feed = lambda x: block.fc2(torch.relu(block.fc1(x)))  # noqa: E731
+            case _:
+                block, attention = network.model.layers[-1], network.model.layers[-1].self_attn
+                before, feed, after = block.post_attention_layernorm, block.mlp, network.model.norm
+        attention.register_forward_hook(lambda module, inputs, output: attended.append(output[0]))
+        passed = network(input_ids=torch.from_numpy(tokens), output_hidden_states=True)
+        residual = passed.hidden_states[-2] + attended[0]
+        key = before(residual)
+        residual = residual if family != "opt" or block.do_layer_norm_before else key
+        torch.testing.assert_close(network.lm_head(after(residual + feed(key))), passed.logits)
+    return passed.logits.double().numpy(), key.double().numpy()
+
+
+@pytest.fixture(scope="session")
+def late_norm(tmp_path_factory):
+    """An OPT whose norms come after its layers, as that of 350 million parameters."""
+    return tiny_model("opt", tmp_path_factory.mktemp("late"), do_layer_norm_before=False)
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("family", [*SPECIAL, "late norm"])
+def test_keys_are_what_enters_the_last_feed_forward_layer(models, late_norm, family, dtype):
+    name, path = ("opt", late_norm) if family == "late norm" else (family, tiny_model(family, models))
+    model = TransformersModel.load(path, dtype=dtype)
+    texts = np.stack((A, B, C))
+    expected_logits, expected_keys = reference(name, path, dtype, texts)
+    found_logits, keys = model.evaluate(texts)
+    assert model.key_dimension == 64 and keys.shape == (3, 120, 64)
+    assert keys.dtype == np.float32 and found_logits.dtype == dtype
+    # A key is float32 even where the model is wider, so it is at most half a step away.
+    np.testing.assert_allclose(keys, expected_keys, rtol=2**-24 if dtype == "float64" else 0, atol=EXACT[dtype])
+    np.testing.assert_allclose(found_logits, expected_logits, rtol=0, atol=EXACT[dtype])
+    np.testing.assert_allclose(model.keys(texts), keys, rtol=2**-23, atol=EXACT[dtype])
+    for row, text in enumerate(texts):
+        for length in (1, 57, 120):
+            (frontier,) = model.forward([Prefix(session=row, tokens=text[:length])])
+            assert frontier.key is not None and frontier.key.dtype == np.float32
+            np.testing.assert_allclose(frontier.key, keys[row, length - 1], rtol=2**-23, atol=EXACT[dtype])
+    assert model.reused_tokens, "some of those came from passes over part of the prefix"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_of_short_dtypes_are_float32(load, family):
+    exact = load(family).keys(A[None])
+    for dtype in ("bfloat16", "float16"):
+        model = load(family, dtype)
+        (frontier,) = model.forward([Prefix(session=1, tokens=A)])
+        for keys in (model.keys(A[None]), model.evaluate(A[None])[1], frontier.key[None, None]):
+            assert keys.dtype == np.float32
+            assert 0 < abs(keys[:, -1] - exact[:, -1]).max() < 1.0
+
+
+def test_a_key_holds_no_more_memory_than_its_own(load):
+    (frontier,) = load().forward([Prefix(session=1, tokens=A)])
+    owner = frontier.key
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    assert owner.nbytes == 64 * 4 and torch.from_numpy(frontier.key).untyped_storage().nbytes() == 64 * 4
+
+
+def test_texts_touch_no_session_and_no_counter(load):
+    model = load()
+    logits(model, A)
+    before = (model.forward_passes, model.prefilled_tokens, model.kv_bytes(), model.held_sessions())
+    model.keys(np.stack((B, C)))
+    model.evaluate(A[None])
+    assert (model.forward_passes, model.prefilled_tokens, model.kv_bytes(), model.held_sessions()) == before
+    assert forwarded(model, A, [40]) == 1
+
+
+def test_passes_that_run_at_the_same_time_keep_their_own_states(load):
+    """Two wrappers of one network, and three kinds of pass at once: each gets the keys that it gets alone."""
+    model, other = load("gpt2", "float64"), load("gpt2", "float64")
+    texts = random.integers(3, VOCABULARY, (8, 4, 30))
+    alone = [model.keys(text) for text in texts]
+    started = threading.Barrier(4)
+
+    def work(job):
+        started.wait(10)
+        for _ in range(5):
+            for text, expected in zip(texts, alone, strict=True):
+                match job:
+                    case 0:
+                        found = [
+                            frontier.key for frontier in model.forward([Prefix(session=1, tokens=t) for t in text])
+                        ]
+                        expected = expected[:, -1]
+                    case 1:
+                        found = other.evaluate(text)[1]
+                    case _:
+                        found = (model, other)[job - 2].keys(text)
+                np.testing.assert_allclose(found, expected, rtol=2**-22, atol=1e-9)
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "complaint"),
+    [
+        (np.full((2, CONTEXT + 1), 5), rf"{CONTEXT + 1} tokens, the model takes at most {CONTEXT}"),
+        (np.zeros((2, 0), dtype=np.int64), "at least one token"),
+        (np.zeros((0, 2), dtype=np.int64), "at least one token"),
+        (np.full(4, 5), "at least one token"),
+        (np.array([[5, VOCABULARY]]), f"the model knows 0 to {VOCABULARY - 1}"),
+        (np.array([[-1, 5]]), f"the model knows 0 to {VOCABULARY - 1}"),
+    ],
+    ids=["long", "empty", "none", "row", "beyond", "negative"],
+)
+@pytest.mark.parametrize("call", ["keys", "evaluate"])
+def test_texts_that_cannot_be_are_refused(load, call, tokens, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        getattr(load(), call)(tokens)
+
+
+@pytest.mark.parametrize("call", ["keys", "evaluate"])
+def test_texts_whose_pass_fails_are_told(load, call, monkeypatch):
+    model = load("llama", "float32")
+    norm = model._network.model.layers[-1].post_attention_layernorm
+    with monkeypatch.context() as patch:
+        patch.setattr(norm, "forward", lambda states: states * float("nan"))
+        with pytest.raises(ModelFailed, match="2 texts of 120 tokens are not finite"):
+            getattr(model, call)(np.stack((A, B)))
+        patch.setattr(norm, "forward", lambda states: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        with pytest.raises(ModelFailed, match="2 texts of 120 tokens raised RuntimeError: out of memory"):
+            getattr(model, call)(np.stack((A, B)))
+    assert np.isfinite(getattr(model, call)(A[None])[0]).all(), "nothing of the failed pass is left"
+
+
+def test_the_fingerprint_is_of_the_files_not_of_the_dtype(load, models, tmp_path):
+    known = load("llama").fingerprint()
+    assert len(known) == 64 and load("llama", "bfloat16").fingerprint() == known
+    assert load("gpt2").fingerprint() != known
+    copy = shutil.copytree(tiny_model("llama", models), tmp_path / "copy")
+    model = TransformersModel.load(copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert model.fingerprint() != known
+    gone = TransformersModel.load(shutil.copytree(tiny_model("llama", models), tmp_path / "gone"))
+    shutil.rmtree(tmp_path / "gone")
+    with pytest.raises(BadModel, match="gone"):
+        gone.fingerprint()
+
+
+def test_a_model_of_the_hub_has_the_fingerprint_of_its_files(load, models, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(tmp_path), raising=False)
+    revision = "0" * 40
+    shutil.copytree(tiny_model("llama", models), tmp_path / "models--someone--tiny" / "snapshots" / revision)
+    (tmp_path / "models--someone--tiny" / "refs").mkdir()
+    (tmp_path / "models--someone--tiny" / "refs" / "main").write_text(revision)
+    assert TransformersModel.load("someone/tiny").fingerprint() == load("llama").fingerprint()
 
 
 # Passes that fail

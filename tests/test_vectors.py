@@ -14,11 +14,12 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from ralmspec.retrievers.errors import BadKnowledge
-from ralmspec.retrievers.vectors import BFLOAT16, DTYPES, Kind, Memory, Vectors, narrow
+from ralmspec.retrievers.vectors import BFLOAT16, DTYPES, Kind, Memory, Metric, Vectors, narrow
 
 NAN, INF = float("nan"), float("inf")
 KINDS: list[Kind] = ["float32", "float16", "bfloat16"]
 MEMORIES: list[Memory] = ["map", "copy", "float32"]
+METRICS: list[Metric] = ["inner product", "squared L2"]
 
 needs_faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="needs faiss (the extra 'local')")
 
@@ -135,8 +136,15 @@ def test_a_map_is_the_array_itself_and_a_copy_is_not() -> None:
 def test_open_vectors_are_served_as_they_are() -> None:
     vectors = Vectors.open(some("float16"))
     assert Vectors.open(vectors, count=9000, dimension=7, memory="float32") is vectors
+    assert (vectors.metric, vectors.description) == ("inner product", "9,000 x 7 float16")
     with pytest.raises(BadKnowledge, match="9000 vectors for 8 passages"):
         Vectors.open(vectors, count=8)
+
+
+def test_open_vectors_keep_their_metric() -> None:
+    vectors = Vectors.open(some("float16"), metric="squared L2")
+    assert Vectors.open(vectors) is vectors
+    assert (vectors.metric, vectors.description) == ("squared L2", "9,000 x 7 float16, squared L2")
 
 
 @pytest.mark.parametrize("length", [0.0, 1e-38, 1e-20, 1.0, 1e18, 1e30, 3e38])
@@ -188,16 +196,23 @@ def test_an_unknown_place_in_memory_is_refused() -> None:
         Vectors.open(some("float32"), memory="disk")  # type: ignore[arg-type]
 
 
+def test_an_unknown_metric_is_refused() -> None:
+    with pytest.raises(ValueError, match="inner product or squared L2, not 'cosine'"):
+        Vectors.open(some("float32"), metric="cosine")  # type: ignore[arg-type]
+
+
 @needs_faiss
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_faiss_looks_at_vectors_where_they_lie(kind: Kind) -> None:
+def test_faiss_looks_at_vectors_where_they_lie(kind: Kind, metric: Metric) -> None:
     stored = some(kind, rows=500).copy()
-    vectors = Vectors.open(stored)
+    vectors = Vectors.open(stored, metric=metric)
     probe = np.ones((1, 7), np.float32)
-    scores, ids = vectors.as_faiss(100, 300).search(probe, 5)
-    true = vectors.block(100, 300) @ probe[0]
-    assert ids[0].tolist() == np.argsort(-true)[:5].tolist()
-    assert scores[0] == pytest.approx(np.sort(true)[::-1][:5], rel=1e-5)
+    found, ids = vectors.as_faiss(100, 300).search(probe, 5)
+    rows = vectors.block(100, 300)
+    true = -(rows @ probe[0]) if metric == "inner product" else ((rows - probe[0]) ** 2).sum(axis=1)
+    assert ids[0].tolist() == np.argsort(true)[:5].tolist()
+    assert found[0] == pytest.approx(np.abs(np.sort(true)[:5]), rel=1e-5)
     index = vectors.as_faiss()
     (best,) = index.search(probe, 1)[1][0].tolist()
     stored[17] = stored[best]

@@ -1,10 +1,59 @@
 """Verify and Prefetch: what they ask of the knowledge base, and what becomes of the answer."""
 
 import anyio
-from fakes import FakeModel, FakeRetriever, Scattered, fixed
+import numpy as np
+from fakes import FakeModel, FakeRetriever, Scattered, VirtualWorker, fixed
 
-from ralmspec.pipeline import Answer, Arrangement, InContext, Pipeline, Synchronous
+from ralmspec.pipeline import Answer, Arrangement, InContext, Pipeline, Query, Ranking, Synchronous
 from ralmspec.retrievers.base import Ids, Scores
+from ralmspec.retrievers.cache import SessionCache
+from ralmspec.stages.messages import Check, Verdict
+from ralmspec.stages.request import Request
+from ralmspec.stages.verify import Verify
+
+
+def judged(cache: SessionCache, retriever: FakeRetriever, guesses: list[int], prefetch: int) -> list[Verdict]:
+    """What Verify says of a batch of checks, one for each guess, and of what is put into the cache."""
+    workload = InContext().bind(FakeModel(), retriever)
+    stage = Verify({}, retriever, workload, VirtualWorker("index", lambda name: 0.0), lambda: 0.0, k=prefetch)
+    queries = retriever.encode([Query(text=f"{n} {n + 1} {n}") for n in range(len(guesses))])
+    checks = tuple(
+        Check(
+            session=1,
+            epoch=0,
+            step=n,
+            query=query,
+            guess=Ranking(np.array([guess]), np.zeros(1, dtype=np.float32)) if guess >= 0 else None,
+            position=n,
+            frontier=None,
+            request=Request(prompt=(1,)),
+            cache=cache,
+        )
+        for n, (query, guess) in enumerate(zip(queries, guesses, strict=True))
+    )
+    (verdicts,) = stage.work([checks])
+    assert not isinstance(verdicts, Exception)
+    return verdicts
+
+
+def test_what_is_found_enters_the_cache_after_a_wrong_guess_too_but_not_as_the_newest() -> None:
+    retriever = Scattered(documents=400)
+    truths = [int(retriever.search(retriever.encode([Query(text=f"{n} {n + 1} {n}")]), 1)[0].ids[0]) for n in range(4)]
+    assert len(set(truths)) == 4
+    cache = SessionCache(retriever, 4)
+    verdicts = judged(cache, retriever, [truths[0], 399, truths[2], truths[3]], prefetch=6)
+    assert [verdict.right for verdict in verdicts] == [True, False, True, True]
+    assert all(truth in cache for truth in truths)
+    for verdict, truth in zip(verdicts, truths, strict=True):
+        assert len(verdict.wanted) >= 3 and truth not in verdict.wanted and all(i not in cache for i in verdict.wanted)
+    cache.insert(np.array([398, 397]), retriever.rows(np.array([398, 397])))
+    assert [truth in cache for truth in truths] == [True, True, False, False], "the wrong path goes first"
+
+
+def test_a_first_retrieval_has_no_guess_to_judge() -> None:
+    retriever = Scattered(documents=400)
+    (verdict,) = judged(SessionCache(retriever), retriever, [-1], prefetch=1)
+    assert not verdict.right and not len(verdict.wanted)
 
 
 class Reads(Scattered):
