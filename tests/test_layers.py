@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = ("retrievers", "stages", "pipeline")  # each may import those before it
 PROGRAMS = ("examples", "benchmarks", "tests")
-STAGES = ("lookup", "generate", "verify", "prefetch", "stage", "session", "messages")
 HEAVY = frozenset({"torch", "transformers", "faiss", "sentence_transformers", "bm25s", "jnius", "pyserini"})
 WORKLOADS = ("in_context", "incontext", "knn")
+"""What a workload's name is known by; the files that are one begin so."""
 
 
 def sources(*folders: str) -> list[Path]:
@@ -117,9 +117,16 @@ def test_no_folder_is_imported_by_its_bare_name(path: Path) -> None:
     assert bare(parse(path)) == []
 
 
-@pytest.mark.parametrize("path", [path for path in sources("stages") if path.stem in STAGES], ids=name)
-def test_no_stage_names_a_workload(path: Path) -> None:
-    assert workloads(parse(path)) == []
+@pytest.mark.parametrize("path", sources("stages"), ids=name)
+def test_nothing_but_a_workload_names_one(path: Path) -> None:
+    """No stage, no message, no session has an `if` for the workload that it serves."""
+    assert bool(workloads(parse(path))) == path.stem.startswith(WORKLOADS)
+
+
+def test_nothing_below_the_public_names_needs_a_workload() -> None:
+    """The runner and the arrangements get whichever is given; only its default and the commands name one."""
+    for file in ("runner", "arrangements", "compare", "lossless", "audit", "threads", "watchdog", "output_path"):
+        assert workloads(parse(ROOT / "pipeline" / f"{file}.py")) == [], file
 
 
 @pytest.mark.parametrize("folder", LAYERS)
