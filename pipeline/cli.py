@@ -1,5 +1,5 @@
-"""The command line: `ralmspec ask`, `compare`, `verify-lossless`, `index build`, `index info`, `knn build`,
-`knn info`, `bench retrieval`, `doctor`."""
+"""The command line: `ralmspec ask`, `compare` and `verify-lossless` for in-context RaLM; `index build` and `info`;
+`knn build`, `info`, `tune`, `perplexity`, `ask`, `compare` and `verify-lossless`; `bench retrieval`; `doctor`."""
 
 import typer
 
@@ -11,8 +11,9 @@ from .command_verify import verify_command
 
 app = typer.Typer(
     help="Iterative retrieval-augmented generation, served with speculation: same output, lower latency.\n\n"
-    "Every command needs a model (a folder or a hub id) and a data folder that holds passages_NAME.jsonl[.gz], "
-    "embeddings_NAME_*.npy and, for measuring, questions_SET.jsonl[.gz].",
+    "ask, compare and verify-lossless need a model (a folder or a hub id) and an index folder, or a data folder that "
+    "holds passages_NAME.jsonl[.gz], embeddings_NAME_*.npy and, for measuring, questions_SET.jsonl[.gz]. "
+    "The knn commands need a model and a datastore of it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -13,7 +13,7 @@ from .build_view import building, show, split, table
 from .terminal import ends_in_a_sentence, err, out
 from .thread_budget import ThreadBudget
 
-app = typer.Typer(help="KNN language models: build datastores, and look into them.", no_args_is_help=True)
+app = typer.Typer(help="KNN language models: datastores, their settings, and serving with them.", no_args_is_help=True)
 _DEFAULT = DatastoreOptions()
 
 
