@@ -150,7 +150,8 @@ def main(
             m["top_k"]: (m["interpolation"], m["temperature"]) for m in json.loads(settings.read_text())["mixtures"]
         }
     if datastore is None or text is None:
-        datastore, text = bundled(Path(tempfile.mkdtemp()), entries)
+        work = tempfile.TemporaryDirectory()  # goes when the program ends
+        datastore, text = bundled(Path(work.name), entries)
     options = KnnOptions(
         model=model,
         datastore=datastore,

@@ -1,9 +1,11 @@
-"""How the commands that build a folder look on a terminal: progress, how to go on, and what was built."""
+"""What the commands that build a folder share: options, progress, how to go on, and what was built."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -20,6 +22,17 @@ from ralmspec.retrievers.folder import BYTES, Tell
 from ralmspec.retrievers.manifest import Content, Manifest
 
 from .terminal import ends_in_a_sentence, err, out
+
+HnswMOption = Annotated[int, typer.Option(min=2, help="HNSW: neighbours of a vector.")]
+HnswEfOption = Annotated[int, typer.Option(min=1, help="HNSW: candidates looked at for each.")]
+IvfListsOption = Annotated[int, typer.Option(min=0, help="IVF: lists; 0 for four times the root of the vectors.")]
+ThreadsOption = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Cores for the model and for graphs. HNSW graphs built with more than one differ from run to run."
+    ),
+]
+BuildSeedOption = Annotated[int, typer.Option(help="Seed of everything random in it.")]
 
 _DOCUMENTS: dict[Content, str] = {"index": "passages", "datastore": "entries"}
 

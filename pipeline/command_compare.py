@@ -11,7 +11,7 @@ from ralmspec.stages.sampling import Sampling
 
 from . import chrome_trace, compare, terminal
 from .arrangements import MAIN_TABLE, published
-from .engine import Engine, EngineOptions, choose_questions
+from .engine import Engine, EngineOptions
 from .options import (
     JsonOption,
     NewTokensOption,
@@ -23,7 +23,7 @@ from .options import (
 )
 from .overlap import overlap_efficiency
 from .tables import comparison_table
-from .terminal import err, load, out, question_sets, run
+from .terminal import err, load, out, questions_as_typed, run
 
 
 @with_options(EngineOptions)
@@ -50,13 +50,9 @@ def compare_command(
     F_miss: the same for one whose only cost is the first search and real misses.
     """
 
-    def prompts(engine: Engine) -> list[str]:
-        chosen = choose_questions(engine.questions, question_sets(engine, sets), questions)
-        return [question.question for _, question in chosen]
-
     compared(
         lambda: load(engine_options),
-        prompts,
+        questions_as_typed(sets, questions),
         chosen_from(published(prefetch), only, MAIN_TABLE),
         Sampling(temperature=temperature, seed=seed),
         max_new_tokens=max_new_tokens,

@@ -9,7 +9,17 @@ from ralmspec.retrievers.index_build import build_index
 from ralmspec.retrievers.index_parts import DENSE, KINDS, BuildOptions
 from ralmspec.retrievers.vectors import Kind
 
-from .build_view import building, show, split, table
+from .build_view import (
+    BuildSeedOption,
+    HnswEfOption,
+    HnswMOption,
+    IvfListsOption,
+    ThreadsOption,
+    building,
+    show,
+    split,
+    table,
+)
 from .terminal import ends_in_a_sentence, out
 from .thread_budget import ThreadBudget
 
@@ -35,24 +45,14 @@ def build(
     ] = None,
     storage: Annotated[Kind, typer.Option(help="What vectors are kept in.")] = _DEFAULT.storage,
     device: Annotated[str, typer.Option(help="Where passages are encoded: cpu, cuda, ...")] = _DEFAULT.device,
-    threads: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Cores for encoding and for graphs. HNSW graphs built with more than one differ from run to run.",
-        ),
-    ] = _DEFAULT.threads,
-    hnsw_m: Annotated[int, typer.Option(min=2, help="HNSW: neighbours of a passage.")] = _DEFAULT.hnsw_m,
-    hnsw_ef_construction: Annotated[
-        int, typer.Option(min=1, help="HNSW: candidates looked at for each.")
-    ] = _DEFAULT.hnsw_ef_construction,
-    ivf_lists: Annotated[
-        int, typer.Option(min=0, help="IVF: lists; 0 for four times the square root of the passages.")
-    ] = _DEFAULT.ivf_lists,
+    threads: ThreadsOption = _DEFAULT.threads,
+    hnsw_m: HnswMOption = _DEFAULT.hnsw_m,
+    hnsw_ef_construction: HnswEfOption = _DEFAULT.hnsw_ef_construction,
+    ivf_lists: IvfListsOption = _DEFAULT.ivf_lists,
     lucene_heap_mb: Annotated[
         int, typer.Option(min=64, help="Lucene: memory of the Java machine.")
     ] = _DEFAULT.lucene_heap_mb,
-    seed: Annotated[int, typer.Option(help="Seed of everything random in it.")] = _DEFAULT.seed,
+    seed: BuildSeedOption = _DEFAULT.seed,
 ) -> None:
     """Build FOLDER from PASSAGES, streaming.
 

@@ -9,7 +9,17 @@ from ralmspec.retrievers.datastore import KINDS
 from ralmspec.retrievers.datastore_build import DatastoreOptions, build_datastore
 from ralmspec.retrievers.vectors import Kind
 
-from .build_view import building, show, split, table
+from .build_view import (
+    BuildSeedOption,
+    HnswEfOption,
+    HnswMOption,
+    IvfListsOption,
+    ThreadsOption,
+    building,
+    show,
+    split,
+    table,
+)
 from .terminal import ends_in_a_sentence, err, out
 from .thread_budget import ThreadBudget
 
@@ -47,21 +57,11 @@ def build(
         int | None, typer.Option(min=1, help="Stop after so many tokens.", show_default=False)
     ] = _DEFAULT.max_entries,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, ...")] = _DEFAULT.device,
-    threads: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Cores for the model and for graphs. HNSW graphs built with more than one differ from run to run.",
-        ),
-    ] = _DEFAULT.threads,
-    hnsw_m: Annotated[int, typer.Option(min=2, help="HNSW: neighbours of an entry.")] = _DEFAULT.hnsw_m,
-    hnsw_ef_construction: Annotated[
-        int, typer.Option(min=1, help="HNSW: candidates looked at for each.")
-    ] = _DEFAULT.hnsw_ef_construction,
-    ivf_lists: Annotated[
-        int, typer.Option(min=0, help="IVF: lists; 0 for four times the square root of the entries.")
-    ] = _DEFAULT.ivf_lists,
-    seed: Annotated[int, typer.Option(help="Seed of everything random in it.")] = _DEFAULT.seed,
+    threads: ThreadsOption = _DEFAULT.threads,
+    hnsw_m: HnswMOption = _DEFAULT.hnsw_m,
+    hnsw_ef_construction: HnswEfOption = _DEFAULT.hnsw_ef_construction,
+    ivf_lists: IvfListsOption = _DEFAULT.ivf_lists,
+    seed: BuildSeedOption = _DEFAULT.seed,
 ) -> None:
     """Build a datastore in FOLDER from TEXTS, streaming: an entry for every token of them.
 

@@ -12,7 +12,7 @@ from ralmspec.stages.sampling import Sampling
 
 from . import lossless, terminal
 from .arrangements import Asynchronous, Synchronous
-from .engine import Engine, EngineOptions, choose_questions
+from .engine import Engine, EngineOptions
 from .options import (
     JsonOption,
     NewTokensOption,
@@ -23,7 +23,7 @@ from .options import (
     with_options,
 )
 from .reports import environment
-from .terminal import load, out, question_sets, run
+from .terminal import load, out, questions_as_typed, run
 
 
 @with_options(EngineOptions)
@@ -52,13 +52,9 @@ def verify_command(
         for width in prefetches.split(",")
     }
 
-    def prompts(engine: Engine) -> list[str]:
-        chosen = choose_questions(engine.questions, question_sets(engine, sets), questions)
-        return [question.question for _, question in chosen]
-
     verified(
         lambda: load(engine_options),
-        prompts,
+        questions_as_typed(sets, questions),
         arrangements,
         Sampling(temperature=temperature, seed=seed),
         max_new_tokens=max_new_tokens,

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ralmspec.retrievers.errors import RalmspecError
 from ralmspec.stages.stride import OS3, StrideSettings
 
-from .engine import Engine, EngineOptions, open_engine
+from .engine import Engine, EngineOptions, choose_questions, open_engine
 
 out = Console()
 if not out.is_terminal:
@@ -88,8 +88,13 @@ def number(text: str, what: str) -> int:
         raise typer.BadParameter(f"{what}: {text!r} is not a number") from None
 
 
-def question_sets(engine: Engine, typed: str) -> list[str]:
-    """Question sets as typed."""
-    if typed == "all" and engine.questions is not None:
-        return engine.questions.sets()
-    return [name.strip() for name in typed.split(",")]
+def questions_as_typed(sets: str, count: int) -> Callable[[Engine], list[str]]:
+    """The first `count` questions of each set, sets as typed: names with commas, or 'all' for those in the folder."""
+
+    def choose(engine: Engine) -> list[str]:
+        names = [name.strip() for name in sets.split(",")]
+        if names == ["all"] and engine.questions is not None:
+            names = engine.questions.sets()
+        return [question.question for _, question in choose_questions(engine.questions, names, count)]
+
+    return choose

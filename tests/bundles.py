@@ -36,6 +36,12 @@ def stored(kind: Kind, metric: Metric = "inner product") -> Any:
     return array if metric == "inner product" else Vectors.open(array, metric=metric)
 
 
+def served(vectors: Any) -> tuple[list[Document], Any]:
+    """What a retriever needs beside vectors, an array or open ones: as many documents, and an encoder as wide."""
+    dimension = vectors.dimension if isinstance(vectors, Vectors) else vectors.shape[1]
+    return documents(len(vectors)), encoder(dimension)
+
+
 def queries(n: int, dimension: int = 16, seed: int = 1) -> list[Query]:
     vectors = np.random.default_rng(seed).standard_normal((n, dimension), dtype=np.float32)
     return [Query(text="q", vector=vector) for vector in vectors]

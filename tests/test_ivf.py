@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import KINDS, METRICS, documents, encoder, queries, same, some, stored
+from bundles import KINDS, METRICS, documents, encoder, queries, same, served, some, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -58,8 +58,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 def opened(made: tuple[Any, Path], **options: Any) -> IVFDense:
     vectors, path = made
-    dimension = vectors.dimension if isinstance(vectors, Vectors) else vectors.shape[1]
-    return IVFDense(documents(len(vectors)), vectors, path, encoder(dimension), **options)
+    passages, width = served(vectors)
+    return IVFDense(passages, vectors, path, width, **options)
 
 
 @given(

@@ -102,7 +102,7 @@ class Hand:
                 step=check.step,
                 truth=Ranking(np.array([document]), np.ones(1, dtype=np.float32)),
                 right=check.guess is not None and bool(check.guess.ids[0] == document),
-                wanted=np.empty(0, dtype=np.int64),
+                wanted=np.array([100 + document], dtype=np.int64),
             )
             for check, document in zip(checks, documents, strict=True)
         ]
@@ -267,6 +267,15 @@ def test_verdicts_are_applied_in_step_order_whatever_order_they_come_in() -> Non
     assert hand.committed() == [(1,), (2,)] and hand.session.epoch == 1
     hand.decode(4)
     assert hand.committed() == [(1,), (2,), (4,)]
+
+
+def test_what_is_fetched_first_is_wanted_by_the_last_verdict_that_stands() -> None:
+    hand = Hand(Synchronous(speculation_stride=4))
+    hand.play((1, 2), (3, 4), (5, 6), (7, 8), guesses=(5, 5, 5, 5))
+    hand.session.take_wanted()
+    hand.judge(hand.launch(), 5, 9, 7, 8)  # the second guess is wrong, so the last two verdicts are of a wrong path
+    assert hand.session.take_wanted().tolist() == [109, 105, 108, 107]
+    assert not len(hand.session.take_wanted())
 
 
 # Ends ------------------------------------------------------------------------------------------------------------
