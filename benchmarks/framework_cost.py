@@ -99,6 +99,7 @@ class InstantModel:
     end_tokens: frozenset[int] = frozenset()
     start_tokens: tuple[int, ...] = ()
     max_batch = 1
+    kv_tokens = 1 << 30
 
     def __init__(self) -> None:
         self._frontiers = [Frontier(row) for row in np.eye(NUMBERS, 8192, dtype=np.float32)]

@@ -9,6 +9,7 @@ of its own; that is set as a multiple of a, the time of one token without its se
 import gzip
 import json
 import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -149,40 +150,48 @@ def main(
         tuned = {
             m["top_k"]: (m["interpolation"], m["temperature"]) for m in json.loads(settings.read_text())["mixtures"]
         }
-    if datastore is None or text is None:
-        work = tempfile.TemporaryDirectory()  # goes when the program ends
-        datastore, text = bundled(Path(work.name), entries)
-    options = KnnOptions(
-        model=model,
-        datastore=datastore,
-        retriever=retriever,
-        memory=memory,
-        retriever_concurrency=concurrency,
-    )
-    engine = open_knn_engine(options, documents=max(*counts, prefetch), max_prompt_tokens=64)
-    stretches = held_out_prompts(engine.model, text, count=prompts, tokens=64)
-    made: dict[int, Comparison] = {}
-    for k in counts:
-        share, temperature = tuned.get(k, (options.interpolation, options.temperature))
-        bare = with_settings(engine, k, share, temperature, 0.0)
-        latency = ratio * token_seconds(bare, stretches) if ratio else 0.0
-        made[k] = measure(
-            with_settings(engine, k, share, temperature, latency), stretches, max_new_tokens, chosen, prefetch, flights
+    with ExitStack() as stack:
+        if datastore is None or text is None:
+            work = stack.enter_context(tempfile.TemporaryDirectory())
+            datastore, text = bundled(Path(work), entries)
+        options = KnnOptions(
+            model=model,
+            datastore=datastore,
+            retriever=retriever,
+            memory=memory,
+            retriever_concurrency=concurrency,
         )
-        console.print(comparison_table(made[k]))
-        if out is not None:
-            facts = made[k].environment
-            simulated = f"simulated latency, {concurrency} at once" if ratio else "index and model on the same cores"
-            head = [
-                f"{facts['retriever']}; {simulated}. {prompts} prompts of 64 tokens, {max_new_tokens} tokens each.",
-                f"Speed-up over RaLMSeq, γ in brackets. {facts['date']}, {facts['machine']}, "
-                f"load average {facts['load_average']}.",
-                "",
-            ]
-            out.with_suffix(".md").write_text("\n".join([*head, *markdown(made)]) + "\n")
-            tables = {k: table.model_dump(mode="json") for k, table in made.items()}
-            out.with_suffix(".json").write_text(json.dumps(tables, indent=1) + "\n")
-            plot(made, out.with_suffix(".svg"), f"{retriever}, {simulated}")
+        engine = open_knn_engine(options, documents=max(*counts, prefetch), max_prompt_tokens=64)
+        stretches = held_out_prompts(engine.model, text, count=prompts, tokens=64)
+        made: dict[int, Comparison] = {}
+        for k in counts:
+            share, temperature = tuned.get(k, (options.interpolation, options.temperature))
+            bare = with_settings(engine, k, share, temperature, 0.0)
+            latency = ratio * token_seconds(bare, stretches) if ratio else 0.0
+            made[k] = measure(
+                with_settings(engine, k, share, temperature, latency),
+                stretches,
+                max_new_tokens,
+                chosen,
+                prefetch,
+                flights,
+            )
+            console.print(comparison_table(made[k]))
+            if out is not None:
+                facts = made[k].environment
+                simulated = (
+                    f"simulated latency, {concurrency} at once" if ratio else "index and model on the same cores"
+                )
+                head = [
+                    f"{facts['retriever']}; {simulated}. {prompts} prompts of 64 tokens, {max_new_tokens} tokens each.",
+                    f"Speed-up over RaLMSeq, γ in brackets. {facts['date']}, {facts['machine']}, "
+                    f"load average {facts['load_average']}.",
+                    "",
+                ]
+                out.with_suffix(".md").write_text("\n".join([*head, *markdown(made)]) + "\n")
+                tables = {k: table.model_dump(mode="json") for k, table in made.items()}
+                out.with_suffix(".json").write_text(json.dumps(tables, indent=1) + "\n")
+                plot(made, out.with_suffix(".svg"), f"{retriever}, {simulated}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Sequential, synchronous and asynchronous serving: the same stages, three sets of two decisions.
+"""Sequential, synchronous, asynchronous and continuous serving: the same stages, four sets of two decisions.
 
-A round decodes one step under a document known to be right and drafts more under guesses. After each step the query of
-the next one is formed, so a batch of s checks covers the documents of steps 2 … s + 1 (paper, section 2).
+In the first three, a round decodes one step under a document known to be right and drafts more under guesses. After
+each step the query of the next one is formed, so a batch of s checks covers the documents of steps 2 … s + 1 (paper,
+section 2). Continuous serving has no rounds.
 
                      may a guessed step be decoded?                  when do queued checks go out?
     Sequential       never                                           at once
@@ -73,7 +74,7 @@ class Synchronous:
 
     def checks_due(self, outlook: Outlook) -> bool:
         """When the stride is full, or when only verdicts can bring the session on."""
-        return not outlook.flying and (outlook.stuck or outlook.queued >= outlook.stride)
+        return outlook.stuck or outlook.queued >= outlook.stride
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +95,10 @@ class Continuous:
     """Decoding never waits: it drafts on while up to `flights` batches of checks are being verified.
 
     `window` bounds how far, in steps. It should cover the time from a check's launch to its verdict, b / a steps, and
-    the time it waits for its launch: twice that with one flight. More flights than the retriever serves at once
-    (`concurrency`) only split what could be one batch. Best where guesses are mostly right and the index has resources
-    of its own; a wrong one wastes all that was drafted after it.
+    the time it waits for its launch: twice that with one flight, where whatever waits leaves as soon as that is free.
+    More flights than the retriever serves at once (`concurrency`) only split what could be one batch. Where queries are
+    made from frontiers, every open step keeps its own: a row of logits. Best where guesses are mostly right and the
+    index has resources of its own; a wrong one wastes all that was drafted after it.
     """
 
     window: int = 64

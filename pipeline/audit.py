@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ralmspec.retrievers.base import Ranking, Retriever
-from ralmspec.stages.model import Frontier, LanguageModel, Prefix
+from ralmspec.stages.model import Frontier, LanguageModel, Prefix, read_to_end
 from ralmspec.stages.sampling import Sampling
 from ralmspec.stages.workload import BoundWorkload
 
@@ -50,7 +50,7 @@ def differ(
     def read(tokens: int, retrieved: Ranking | None) -> Frontier:
         """What the model knows after the prompt and so many of the reference's tokens."""
         prefix = workload.prefix([*start, *reference.tokens[:tokens]], retrieved)
-        (frontier,) = model.forward([Prefix(session=_AUDITOR, tokens=prefix)])
+        frontier = read_to_end(model, Prefix(session=_AUDITOR, tokens=prefix))
         model.forget(_AUDITOR)
         return frontier
 

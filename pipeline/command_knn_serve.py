@@ -18,7 +18,6 @@ from .engine import Engine
 from .held_out import held_out_prompts
 from .knn_engine import KnnOptions, open_knn_engine
 from .options import JsonOption, NewTokensOption, SamplingTemperatureOption, SeedOption, with_options
-from .terminal import err
 
 TextArgument = Annotated[
     Path, typer.Argument(help="A text that is not in the datastore, .txt or .txt.gz: prompts are stretches of it.")
@@ -113,8 +112,8 @@ def verify_command(
 ) -> None:
     """Show that every arrangement gives sequential KNN-LM's tokens and nearest entries, on real text.
 
-    Runs the strides with asynchronous verification on and off, and 'continuous'. Exits with an error if an output
-    differs and no near-tie of the scores explains it.
+    Runs the strides with asynchronous verification on and off, and 'continuous' with one and two flights. Exits with an
+    error if an output differs and no near-tie of the scores explains it.
     """
     arrangements: dict[str, Arrangement] = {
         f"{'async' if kind is Asynchronous else 'sync'} s={stride.strip()}": kind(
@@ -122,7 +121,10 @@ def verify_command(
         )
         for kind in (Synchronous, Asynchronous)
         for stride in strides.split(",")
-    } | {"continuous": Continuous(prefetch=prefetch)}
+    } | {
+        "continuous": Continuous(prefetch=prefetch),
+        "continuous, 2 flights": Continuous(prefetch=prefetch, flights=2),
+    }
     verified(
         lambda: _load(engine_options, prefetch, prompt_tokens),
         _stretches(text, prompts, prompt_tokens),
@@ -137,8 +139,10 @@ def verify_command(
 
 
 def _load(options: KnnOptions, prefetch: int, prompt_tokens: int = 512) -> Engine:
-    with err.status("loading model and datastore"):
-        return open_knn_engine(options, documents=prefetch, max_prompt_tokens=prompt_tokens)
+    return terminal.opened(
+        "loading model and datastore",
+        lambda: open_knn_engine(options, documents=prefetch, max_prompt_tokens=prompt_tokens),
+    )
 
 
 def _stretches(text: Path, prompts: int, tokens: int) -> Callable[[Engine], list[str]]:

@@ -11,7 +11,7 @@ from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.sampling import Sampling
 
 from . import lossless, terminal
-from .arrangements import Asynchronous, Synchronous
+from .arrangements import Asynchronous, Continuous, Synchronous
 from .engine import Engine, EngineOptions
 from .options import (
     JsonOption,
@@ -40,8 +40,9 @@ def verify_command(
 ) -> None:
     """Show that every arrangement gives RaLMSeq's tokens and documents, on real questions.
 
-    Runs strides × prefetch widths × asynchronous on and off. With --dtype float64 every output must be identical; with
-    float32 and below a difference must start at a logged near-tie of the model's scores. Exits with an error otherwise.
+    Runs strides × prefetch widths × asynchronous on and off, and 'continuous' with two batches in flight. With --dtype
+    float64 every output must be identical; with float32 and below a difference must start at a logged near-tie of the
+    model's scores. Exits with an error otherwise.
     """
     arrangements: dict[str, Arrangement] = {
         f"{'async' if kind is Asynchronous else 'sync'} s={stride.strip()} P={width.strip()}": kind(
@@ -49,6 +50,9 @@ def verify_command(
         )
         for kind in (Synchronous, Asynchronous)
         for stride in strides.split(",")
+        for width in prefetches.split(",")
+    } | {
+        f"continuous P={width.strip()}": Continuous(prefetch=terminal.number(width, "--prefetches"), flights=2)
         for width in prefetches.split(",")
     }
 

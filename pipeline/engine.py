@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ralmspec.retrievers.base import Retriever
 from ralmspec.retrievers.errors import BadKnowledge
@@ -16,6 +16,9 @@ from ralmspec.stages.workload import Workload
 
 from .limits import Limits
 from .thread_budget import ThreadBudget, cores
+
+if TYPE_CHECKING:
+    from ralmspec.stages.transformers_model import TransformersModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +61,11 @@ class SearchingOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingOptions(SearchingOptions):
-    """The same, to serve sessions: a set latency of the retriever, if any, and the size of a session's cache."""
+    """The same, to serve sessions: how many share a forward pass, MiB for their keys and values (0 for the model's
+    default), a set latency of the retriever, if any, and the size of a session's cache."""
 
+    max_batch: int = 16
+    kv_mib: int = 0
     retriever_latency: float = 0.0
     retriever_concurrency: int = 1
     cached_documents: int = Limits().cached_documents
@@ -104,13 +110,25 @@ class Engine:
 
 def open_engine(options: EngineOptions) -> Engine:
     """Load everything; blocking, some seconds. Raises `BadModel`, `BadKnowledge` or `MissingExtra`, naming the file."""
-    from ralmspec.stages.transformers_model import TransformersModel
-
     options.threads.apply()
     index = _from_index(options, options.index) if options.index else _from_data(options, options.data)
-    model = TransformersModel.load(options.model, device=options.device, dtype=options.dtype)
+    model = load_model(options)
     questions = QuestionFolder(options.data) if options.data else None
     return Engine(options, model, delayed(index, options), index, InContext(), questions)
+
+
+def load_model(options: ServingOptions) -> "TransformersModel":
+    """The model, with KV memory for the sessions that are to be served."""
+    from ralmspec.stages.transformers_model import TransformersModel
+
+    return TransformersModel.load(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        max_batch=options.max_batch,
+        pass_tokens=max(512, options.max_batch),
+        kv_bytes=options.kv_mib << 20,
+    )
 
 
 def delayed(index: Retriever, options: ServingOptions) -> Retriever:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ralmspec.stages.knn_lm import KnnLM
 
-from .engine import Engine, ServingOptions, delayed
+from .engine import Engine, ServingOptions, delayed, load_model
 
 _DEFAULT: dict[str, Any] = {field.name: field.default for field in fields(KnnLM)}
 
@@ -30,10 +30,9 @@ def open_knn_engine(options: KnnOptions, *, documents: int = 0, max_prompt_token
     the file, and `ValueError` for settings that make no sense.
     """
     from ralmspec.retrievers.datastore import Datastore
-    from ralmspec.stages.transformers_model import TransformersModel
 
     options.threads.apply()
-    model = TransformersModel.load(options.model, device=options.device, dtype=options.dtype)
+    model = load_model(options)
     datastore = Datastore.open(options.datastore, memory=options.memory, decode=model.decode)
     index = datastore.retriever(options.retriever, options.search(documents=max(documents, options.top_k)))
     workload = KnnLM(

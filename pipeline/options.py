@@ -35,6 +35,10 @@ _OPTIONS: dict[str, Any] = {
     "device": typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ..."),
     "model_threads": typer.Option(min=0, help="Cores for model and encoder; 0 for a fair share."),
     "index_threads": typer.Option(min=0, help="Cores for the index; 0 for a fair share."),
+    "max_batch": typer.Option(min=1, help="Sessions that share a forward pass."),
+    "kv_mib": typer.Option(
+        min=0, help="MiB of memory for keys and values of all sessions; 0: 2,048, or four of the longest prefixes."
+    ),
     "retriever_latency": typer.Option(
         min=0.0, help="SIMULATION: every search takes this many seconds, as if the index had resources of its own."
     ),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ralmspec.stages.model import Frontier, Prefix
+from ralmspec.stages.model import Frontier, Prefix, read_to_end
 
 from .engine import Engine
 
@@ -19,7 +19,7 @@ def overlap_efficiency(engine: Engine, seconds: float = 0.5) -> dict[str, float]
 
     def decode() -> Frontier:
         tokens[-1] = (tokens[-1] + 1) % 50
-        return engine.model.forward([Prefix(session=session, tokens=tokens)])[0]
+        return read_to_end(engine.model, Prefix(session=session, tokens=tokens))
 
     (query,) = engine.index.encode([workload.query(tokens.tolist(), decode())])
 

@@ -14,6 +14,7 @@ from ralmspec.retrievers.cache import SessionCache
 from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.errors import InvariantBroken, WorkerLost
 from ralmspec.stages.generate import Generate
+from ralmspec.stages.load import Load
 from ralmspec.stages.lookup import Lookup
 from ralmspec.stages.messages import Event, Place, Turn
 from ralmspec.stages.model import LanguageModel
@@ -55,6 +56,7 @@ class Runner:
         self._retriever = retriever
         self._workload = workload
         self._arrangement = arrangement
+        self._load = Load()
         self._opened = self._accepting = False
         self._changed = anyio.Event()
         self._scopes: list[anyio.CancelScope] = []
@@ -79,7 +81,7 @@ class Runner:
         k = max(arrangement.prefetch, workload.top_k)
         cycle: dict[Place, Stage[Turn, Session]] = {
             Place.LOOKUP: Lookup(live, retriever, workload, workers["encoder"], now),
-            Place.GENERATE: Generate(live, model, workload, workers["model"], now),
+            Place.GENERATE: Generate(live, model, workload, workers["model"], now, load=self._load),
             Place.VERIFY: Verify(live, retriever, workload, workers["index"], now, k=k),
             Place.PREFETCH: Prefetch(live, retriever, workers["prefetch"], now),
         }
@@ -110,6 +112,7 @@ class Runner:
             request,
             workload=self._workload,
             arrangement=self._arrangement,
+            load=self._load,
             cache=self._cache(),
             render=self._model.decode,
             emit=self.switch.emit,

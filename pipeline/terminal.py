@@ -24,9 +24,14 @@ err = Console(stderr=True)
 
 def load(options: EngineOptions) -> Engine:
     """Open the engine, saying so."""
+    return opened("loading model and index", lambda: open_engine(options))
+
+
+def opened(what: str, opens: Callable[[], Engine]) -> Engine:
+    """What `opens` opens, saying so; the tokenizer gets no threads beside ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with err.status("loading model and index"):
-        return open_engine(options)
+    with err.status(what):
+        return opens()
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -48,7 +48,9 @@ class Document:
 
 
 class Retriever(Protocol):
-    """A knowledge base. Every method is blocking and is called from a worker thread, except `document`.
+    """A knowledge base. Every method is blocking and is called from worker threads, `document` from the loop as well.
+
+    All of them may be called from several threads at the same time; only of `search` no more than `concurrency` run.
 
     Promise to speculation: `score(query, rows(ids))` equals, bit for bit, the scores that `search` reports for those
     documents, and a query's scores do not depend on the other queries of its batch. So a cache that holds the true
@@ -86,5 +88,5 @@ class Retriever(Protocol):
         ...
 
     def document(self, id: int) -> Document:
-        """The document itself. Thread-safe; raises `BadKnowledge` where it cannot be read."""
+        """The document itself; raises `BadKnowledge` where it cannot be read."""
         ...

@@ -43,9 +43,7 @@ class SessionCache:
         return len(self._by_id)
 
     def __contains__(self, id: int) -> bool:
-        held = self._ids[: len(self)]
-        place = held.searchsorted(id, sorter=self._by_id)
-        return bool(place < len(held) and held[self._by_id[place]] == id)
+        return not len(self.missing(np.array([id], dtype=np.int64)))
 
     def missing(self, ids: Ids) -> Ids:
         """Those of `ids` that are not here, in the order given, each once."""

@@ -12,8 +12,8 @@ class Outlook:
 
     `queued` checks wait, `flying` ones have been launched and not come home (stale ones included); `newest_flying` says
     whether the newest step's own check, as it stands, is among those; `stuck` that nothing can be decoded before a
-    verdict (the newest step has no document, the output is complete, or the window is full); `stride` is the session's
-    speculation stride.
+    verdict (the newest step has no document, the output is complete, the window is full, or the model has no time for
+    guesses); `stride` is the session's speculation stride.
     """
 
     queued: int

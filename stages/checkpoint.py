@@ -11,8 +11,10 @@ from typing import Any
 from ralmspec.retrievers import model_folder
 from ralmspec.retrievers.errors import BadKnowledge, MissingExtra
 
+from . import packed_attention
 from .errors import BadModel
 from .feed_forward import FeedForwardInput
+from .kv_slots import KvLayout
 from .tokenizer import PlainTokenizer, token_set
 
 FAMILIES = ("gpt2", "opt", "llama", "mistral", "qwen2")
@@ -29,6 +31,7 @@ class Checkpoint:
     network: Any
     feed_forward_input: FeedForwardInput
     tokenizer: PlainTokenizer
+    kv_layout: KvLayout
     context_length: int
     end_tokens: frozenset[int]
     start_tokens: tuple[int, ...]
@@ -46,6 +49,7 @@ def read(path_or_hub_id: str | os.PathLike[str], *, device: str, dtype: str) -> 
     if not _is_there(device):
         raise ValueError(f"device {device!r} is not there: PyTorch {torch.__version__} here does not see it; use 'cpu'")
     where = _folder_or_hub_id(path_or_hub_id)
+    packed_attention.register()
     safe: dict[str, Any] = {"trust_remote_code": False}
     with _quiet(), _reading(where, "config.json"):
         config = transformers.AutoConfig.from_pretrained(where, **safe)
@@ -53,7 +57,13 @@ def read(path_or_hub_id: str | os.PathLike[str], *, device: str, dtype: str) -> 
     with _quiet(), _reading(where, "the weights"):
         reader: Any = transformers.AutoModelForCausalLM
         network, report = reader.from_pretrained(
-            where, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **safe
+            where,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=packed_attention.NAME,
+            use_safetensors=True,
+            output_loading_info=True,
+            **safe,
         )
     if missing := sorted(report["missing_keys"]):
         raise BadModel(
@@ -76,7 +86,16 @@ def read(path_or_hub_id: str | os.PathLike[str], *, device: str, dtype: str) -> 
     if torch.device(device).type == "cpu" and dtype in ("float32", "float64"):
         _lay_out_for_decoding(network)
     context_length = int(config.max_position_embeddings)
-    return Checkpoint(where, network, FeedForwardInput(network), tokenizer, context_length, end_tokens, start_tokens)
+    return Checkpoint(
+        source=where,
+        network=network,
+        feed_forward_input=FeedForwardInput(network),
+        tokenizer=tokenizer,
+        kv_layout=_kv_layout(network),
+        context_length=context_length,
+        end_tokens=end_tokens,
+        start_tokens=start_tokens,
+    )
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -129,6 +148,18 @@ def _check_family(where: str, config: Any) -> None:
             f"{where} keeps only part of its past ({', '.join(sorted(kind.__name__ for kind in kinds))}), so it cannot "
             "go back to an earlier prefix as a rollback must; choose a model without sliding-window attention"
         )
+
+
+def _kv_layout(network: Any) -> KvLayout:
+    config = network.config
+    heads = config.num_attention_heads
+    return KvLayout(
+        layers=config.num_hidden_layers,
+        heads=getattr(config, "num_key_value_heads", None) or heads,
+        dimension=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dtype=network.dtype,
+        device=network.device,
+    )
 
 
 def _lay_out_for_decoding(network: Any) -> None:

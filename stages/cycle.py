@@ -4,7 +4,7 @@ A stage of the cycle only says three things: what it takes from a session, what 
 worker, and what the session is given of the result. Everything that can go wrong between is settled here, once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Generic, TypeVar
 
 from .errors import InvariantBroken, WorkerLost
@@ -48,6 +48,10 @@ class CycleStage(Generic[Work, Result]):
         without."""
         raise NotImplementedError
 
+    def bear(self, session: Session, work: Work, fault: Exception) -> None:
+        """A section: what a fault of this work, which is not stale, means for the session; raised, it is its end."""
+        raise fault
+
     async def run(self, inbox: Inbox[Turn], outbox: Outbox[Session]) -> None:
         """Serve until the inbox ends."""
         while turns := await take(inbox, self._batch):
@@ -73,18 +77,25 @@ class CycleStage(Generic[Work, Result]):
                 results = await self._worker.call(self.work, [work for _, _, work in taken])
                 for (turn, session, work), outcome in zip(taken, results, strict=True):
                     with _fault_of(session):
-                        if isinstance(outcome, Exception):
-                            raise outcome
-                        self.give(session, work, outcome, turn, start)
+                        if not isinstance(outcome, Exception):
+                            self.give(session, work, outcome, turn, start)
+                        elif not session.is_stale(turn.epoch):  # what nobody wants any more cannot fail either (R4)
+                            self.bear(session, work, outcome)
         except FATAL:
             raise
         except Exception as error:  # the batch's fault fails its live members, each with an error of its own (R10)
-            for _, session, _ in taken:
-                session.finish(Status.FAILED, _own(error))
+            for turn, session, _ in taken:
+                if not session.is_stale(turn.epoch):
+                    session.finish(Status.FAILED, _own(error))
         finally:
-            for turn, session in at_hand:
-                session.come_home(turn)
-                outbox.send_nowait(session)
+            send_home(at_hand, outbox)
+
+
+def send_home(at_hand: Iterable[tuple[Turn, Session]], outbox: Outbox[Session]) -> None:
+    """These turns are over, whatever became of them."""
+    for turn, session in at_hand:
+        session.come_home(turn)
+        outbox.send_nowait(session)
 
 
 class _fault_of:  # reads as a clause: with _fault_of(session)

@@ -1,22 +1,27 @@
 """Generate: one forward pass after another, for whichever sessions have their turn.
 
 Between two passes the loop is free, so a rollback takes effect at the next token: the pass that was running is
-dropped by its epoch, and the session's next pass continues the true prefix.
+dropped by its epoch, and the session's next pass continues the true prefix. Sessions join and leave between passes too.
 """
 
 from collections.abc import Callable, Mapping
 
-from .cycle import CycleStage
+from .cycle import CycleStage, send_home
 from .errors import ModelFailed
+from .load import Load
 from .messages import Decoded, Pass, Turn
 from .model import Frontier, LanguageModel, Prefix
 from .session import Session
-from .stage import Worker
+from .stage import Inbox, Outbox, Worker, take
 from .workload import BoundWorkload
 
 
 class Generate(CycleStage[Pass, Decoded]):
-    """Decodes. Every thread call is one forward pass for up to `model.max_batch` sessions."""
+    """Decodes. Every thread call is one forward pass for up to `model.max_batch` sessions.
+
+    Steps known to be right go before drafts. If they fill a pass by themselves, `load` says so, and drafts that wait go
+    home without one: their sessions then send out their checks instead.
+    """
 
     def __init__(
         self,
@@ -25,10 +30,28 @@ class Generate(CycleStage[Pass, Decoded]):
         workload: BoundWorkload,
         worker: Worker,
         now: Callable[[], float],
+        *,
+        load: Load,
     ) -> None:
         super().__init__(sessions, worker, now, batch=model.max_batch)
+        self._load = load
         self._model = model
         self._workload = workload
+
+    async def run(self, inbox: Inbox[Turn], outbox: Outbox[Session]) -> None:
+        """Serve until the inbox ends. What does not fit into a pass waits for the next, in the order of its coming."""
+        waiting: list[Turn] = []
+        while turns := waiting + await take(inbox, wait=not waiting):
+            turns.sort(key=self._is_draft)
+            served, waiting = turns[: self._batch], turns[self._batch :]
+            self._load.crowded = bool(waiting) and not self._is_draft(served[-1])
+            if self._load.crowded:
+                send_home([(turn, self._sessions[turn.session]) for turn in waiting if self._is_draft(turn)], outbox)
+                waiting = [turn for turn in waiting if not self._is_draft(turn)]
+            await self._serve(served, outbox)
+
+    def _is_draft(self, turn: Turn) -> bool:
+        return self._sessions[turn.session].drafts
 
     def take(self, session: Session, turn: Turn) -> Pass | None:
         """The next forward pass."""
@@ -61,7 +84,11 @@ class Generate(CycleStage[Pass, Decoded]):
         for place, frontier in zip(prefixes, frontiers, strict=True):
             made = batch[place]
             try:
-                if self._workload.asks_with_frontier:
+                if isinstance(frontier, Exception):
+                    raise frontier
+                if frontier is None:  # a part was read; the next turn goes on from what is known now
+                    outcomes[place] = Decoded(None, made.frontier)
+                elif self._workload.asks_with_frontier:
                     outcomes[place] = Decoded(chosen.get(place), frontier)
                 else:
                     outcomes[place] = Decoded(self._choose(made, frontier), None)
@@ -74,6 +101,11 @@ class Generate(CycleStage[Pass, Decoded]):
         stale = "stale" if session.is_stale(work.epoch) else ""
         session.span("generate", start, step=work.step, epoch=work.epoch, note=stale)
         session.decoded(work, result, self._now() - turn.issued)
+
+    def bear(self, session: Session, work: Pass, fault: Exception) -> None:
+        """A draft that cannot be written is given up; under what is known to be right, it is the session's end."""
+        if not session.give_up_draft(work):
+            raise fault
 
     def _choose(self, made: Pass, frontier: Frontier) -> int:
         assert made.retrieved is not None, "a token is chosen under documents"

@@ -82,7 +82,8 @@ class BoundInContext:
 
     def agree(self, check: Check, truth: Ranking) -> bool:
         """Same document."""
-        return check.guess is not None and bool(check.guess.ids[0] == truth.ids[0])
+        assert check.guess is not None, "what was not guessed is not judged"
+        return bool(check.guess.ids[0] == truth.ids[0])
 
     def around(self, ids: Ids) -> Ids:
         """What was found."""

@@ -17,7 +17,7 @@ from ralmspec.retrievers.base import Ids, Query, Ranking, Retriever
 
 from .errors import BadModel
 from .messages import Check, Source
-from .model import Frontier, LanguageModel, Tokens
+from .model import Frontier, LanguageModel, TellsStates, Tokens
 from .prompt import read_prompt
 from .sampling import Logits
 
@@ -78,11 +78,9 @@ class KnnLM:
                 f"the retriever searches {len(retriever):,} entries, the datastore holds "
                 f"{len(self.datastore.values):,}: use the datastore's own retriever"
             )
-        dimension: int | None = getattr(model, "key_dimension", None)
-        fingerprint = getattr(model, "fingerprint", None)
-        if dimension is None or fingerprint is None:
-            raise BadModel("KNN-LM needs a model that tells its hidden states, as TransformersModel does")
-        if dimension != self.datastore.dimension or fingerprint() != self.datastore.fingerprint:
+        if not isinstance(model, TellsStates):
+            raise BadModel("KNN-LM needs a model that tells its hidden states (TellsStates), as TransformersModel does")
+        if model.key_dimension != self.datastore.dimension or model.fingerprint() != self.datastore.fingerprint:
             raise BadModel(
                 "the datastore's keys were made by another model: serve it with the one that made it, "
                 "or build the datastore anew"
@@ -101,7 +99,7 @@ class BoundKnnLM:
         self.top_k = settings.top_k
         self._model = model
         self._values = settings.datastore.values
-        self._steps = np.arange(settings.successors + 1, dtype=np.int64)
+        self._offsets = np.arange(settings.successors + 1, dtype=np.int64)
 
     def prompt(self, text: str) -> tuple[list[int], int]:
         """Tokens of the prompt, cut on the left to `max_prompt_tokens`, and how many were cut."""
@@ -140,7 +138,7 @@ class BoundKnnLM:
 
     def around(self, ids: Ids) -> Ids:
         """Each neighbour and the entries that follow it, those of the nearest first."""
-        following = (ids[:, np.newaxis] + self._steps).ravel()
+        following = (ids[:, np.newaxis] + self._offsets).ravel()
         return following[following < len(self._values)]
 
     def source(self, retrieved: Ranking) -> Source:

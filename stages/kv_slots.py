@@ -1,7 +1,6 @@
 """The KV memory of every session: a few slots each, found by the longest token prefix shared with a request."""
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,58 +11,122 @@ from .model import Tokens
 NEW_DOCUMENT = 32
 """A shared prefix shorter than this, and than half of the slot, is chance: the request has another document."""
 
+BLOCK = 64
+"""Slots grow by so many tokens at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvLayout:
+    """What one token takes: for each of `layers`, a key and a value of `dimension` numbers for each of `heads`."""
+
+    layers: int
+    heads: int
+    dimension: int
+    dtype: Any
+    device: Any
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        return 2 * self.layers * self.heads * self.dimension * int(self.dtype.itemsize)
+
+    def allocate(self, capacity: int) -> Any:
+        """Room for so many tokens: [layers, 2, heads, capacity, dimension]; its numbers are not set."""
+        import torch
+
+        shape = (self.layers, 2, self.heads, capacity, self.dimension)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """Keys and values of `tokens` (int64 [n]), in a cache of transformers' `DynamicCache` kind."""
+    """Keys and values of `tokens` (int64 [n]), the first n of each row of `memory`; what lies behind is of no account.
 
-    cache: Any
+    So going back to an earlier prefix is a shorter `tokens`, and costs nothing.
+    """
+
+    memory: Any
     tokens: Tokens = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    used: int = 0
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens there is room for."""
+        return int(self.memory.shape[3])
 
 
 class KvSlots:
-    """Up to `per_session` slots for each session, the least recently used first.
+    """Up to `per_session` slots for each session, and never more than `budget` bytes in all.
 
-    A slot that is being worked on is not held here: `take` removes it and `put` brings it back, so a forward pass that
-    dies in between leaves nothing behind. `take` and `put` belong to the model's worker; the rest may run beside them.
+    A slot that is being worked on is not held here: `take` removes it and `put` brings it back; one that is not brought
+    back must be `drop`ped. Where the budget is used up, slots that a session does not need for its next token go first,
+    the least recently used one before others. `take`, `grow`, `put` and `drop` belong to the model's worker; the rest
+    may run beside them.
     """
 
-    def __init__(self, empty: Callable[[], Any], *, per_session: int) -> None:
+    def __init__(self, layout: KvLayout, *, per_session: int, longest: int, budget: int) -> None:
         if per_session < 1:
             raise ValueError(f"slots_per_session={per_session}: a session needs at least one")
-        self._empty = empty
+        if budget < longest * layout.token_bytes:
+            raise ValueError(
+                f"kv_bytes={budget}: one prefix of {longest} tokens takes {longest * layout.token_bytes} bytes "
+                "in this model; allow that at least"
+            )
+        self.budget = budget
+        self.layout = layout
+        self._longest = longest
         self._per_session = per_session
-        self._held: dict[int, list[Slot]] = {}
+        self._held: dict[int, list[Slot]] = {}  # the newest of a session last
         self._lock = threading.Lock()
+        self._bytes = 0
+        self._uses = 0
 
-    def take(self, session: int, tokens: Tokens) -> tuple[Slot, int]:
-        """A slot that holds the first n of `tokens` and no more, and n < len(tokens)."""
+    def take(self, session: int, tokens: Tokens) -> Slot:
+        """A slot that holds the first tokens of `tokens`, as many as are known, but never all of them."""
         with self._lock:
             slots = self._held.get(session, [])
             shared = [_shared(slot.tokens, tokens) for slot in slots]
             chosen = max(range(len(slots)), key=lambda i: (shared[i], i), default=-1)
             if chosen < 0 or shared[chosen] < min(NEW_DOCUMENT, (len(slots[chosen].tokens) + 1) // 2):
                 if len(slots) < self._per_session:
-                    return Slot(self._empty()), 0
+                    return Slot(self.layout.allocate(0))
                 chosen = 0
             slot = slots.pop(chosen)
-        keep = min(shared[chosen], len(tokens) - 1)  # the last token's logits are wanted, so it is always forwarded
-        if keep == 0:
-            return Slot(self._empty()), 0
-        if surplus := len(slot.tokens) - keep:
-            slot.cache.crop(-surplus)  # negative: the number of tokens to remove, the only form transformers 5 takes
-        return slot, keep
+        # The last token's logits are wanted, so it is always forwarded.
+        slot.tokens = tokens[: min(shared[chosen], len(tokens) - 1)]
+        return slot
+
+    def grow(self, slot: Slot, length: int) -> None:
+        """Make room in a slot that was taken for so many tokens."""
+        if length <= slot.capacity:
+            return
+        capacity = min(-(-length // BLOCK) * BLOCK, self._longest)
+        with self._lock:
+            self._bytes += (capacity - slot.capacity) * self.layout.token_bytes
+            self._evict()
+        memory, n = self.layout.allocate(capacity), len(slot.tokens)
+        memory[:, :, :, :n] = slot.memory[:, :, :, :n]
+        slot.memory = memory
 
     def put(self, session: int, slot: Slot, tokens: Tokens) -> None:
-        """Hold a slot whose cache now covers `tokens`, as the most recently used one."""
+        """Hold a slot that now covers `tokens`, as the most recently used one."""
         slot.tokens = tokens
         with self._lock:
-            self._held.setdefault(session, []).append(slot)
+            self._uses += 1
+            slot.used = self._uses
+            if slot.capacity:
+                self._held.setdefault(session, []).append(slot)
+
+    def drop(self, slot: Slot) -> None:
+        """A slot that was taken will not come back."""
+        with self._lock:
+            self._free(slot)
 
     def forget(self, session: int) -> None:
         """Free what the session holds."""
         with self._lock:
-            self._held.pop(session, None)
+            for slot in self._held.pop(session, []):
+                self._free(slot)
 
     def sessions(self) -> int:
         """How many sessions hold a slot."""
@@ -71,11 +134,25 @@ class KvSlots:
             return sum(bool(slots) for slots in self._held.values())
 
     def bytes(self) -> int:
-        """Memory of all slots that are not being worked on, in bytes."""
-        with self._lock:
-            layers = [layer for slots in self._held.values() for slot in slots for layer in slot.cache.layers]
-        tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        """Memory of all slots, those that are being worked on included, in bytes."""
+        return self._bytes
+
+    def _evict(self) -> None:
+        """Free held slots until all of them are within the budget, if they can be."""
+        while self._bytes > self.budget:
+            held = [(session, n) for session, slots in self._held.items() for n in range(len(slots))]
+            if not held:
+                return
+
+            def worth(place: tuple[int, int]) -> tuple[bool, int]:
+                session, n = place
+                return n == len(self._held[session]) - 1, self._held[session][n].used
+
+            session, n = min(held, key=worth)
+            self._free(self._held[session].pop(n))
+
+    def _free(self, slot: Slot) -> None:
+        self._bytes -= slot.capacity * self.layout.token_bytes
 
 
 def _shared(held: Tokens, wanted: Tokens) -> int:

@@ -1,8 +1,8 @@
 """Everything that moves: turns and work between the stages, verdicts on their way back, events to the caller.
 
 Queues carry `Turn`s. The work itself waits with the session, so a rollback annihilates it in place and no queue can
-overflow. A `Pass`, a `Check` and a `Verdict` are the immutable inputs and results of thread calls. All of them name
-(session, epoch), and one of an older epoch is dropped where it arrives (R4).
+overflow; only launched checks travel with their turn. A `Pass`, a `Check` and a `Verdict` are the immutable inputs and
+results of thread calls. All of them name (session, epoch), and one of an older epoch is dropped where it arrives (R4).
 """
 
 from dataclasses import dataclass
@@ -138,7 +138,11 @@ class Committed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drafted(Event):
-    """One token written under a guessed document (only with `drafts=True`); a `RolledBack` may retract it."""
+    """One token written under a guessed document (only with `drafts=True`); a `RolledBack` may retract it.
+
+    The `Committed` of the step replaces its drafts. They may be fewer than its tokens: a guess may be found right while
+    the step is being written.
+    """
 
     text: str
     token: int

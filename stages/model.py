@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ Tokens = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prefix:
-    """All tokens before the one that is asked for: document first, then prompt and generated text.
+    """All tokens before the one that is asked for: prompt and generated text, and what the workload puts before them.
 
     `tokens` int64 [n], n ≥ 1. `session` only tells the model whose KV memory may be reused.
     """
@@ -61,6 +61,11 @@ class LanguageModel(Protocol):
         """How many sessions one `forward` call decodes together."""
         ...
 
+    @property
+    def kv_tokens(self) -> int:
+        """How many prefix tokens there is KV memory for, over all sessions; `context_length` or more."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Text to tokens, with no special tokens added and none parsed out of the text."""
         ...
@@ -69,10 +74,36 @@ class LanguageModel(Protocol):
         """Tokens to text, special tokens left out."""
         ...
 
-    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier]:
-        """One forward pass for up to `max_batch` sessions; a frontier for each prefix, in order."""
+    def forward(self, prefixes: Sequence[Prefix]) -> Sequence[Frontier | Exception | None]:
+        """One forward pass for up to `max_batch` sessions. For each prefix, in order: its frontier; or None where only
+        a part of it was read so far, so ask again; or the fault of this one session. What is raised is all sessions'.
+        """
         ...
 
     def forget(self, session: int) -> None:
         """Free what is kept for a session; called when no `forward` for it is running or will come."""
         ...
+
+
+@runtime_checkable
+class TellsStates(Protocol):
+    """What a workload that asks with hidden states needs of a model beside `LanguageModel`."""
+
+    @property
+    def key_dimension(self) -> int:
+        """Width of a frontier's key."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A checksum of the model and its tokenizer: keys of models with the same one may be compared. Blocking."""
+        ...
+
+
+def read_to_end(model: LanguageModel, prefix: Prefix) -> Frontier:
+    """The frontier of one prefix, in as many passes as it takes. Blocking; raises what `forward` raises or returns."""
+    while True:
+        (outcome,) = model.forward([prefix])
+        if isinstance(outcome, Exception):
+            raise outcome
+        if outcome is not None:
+            return outcome

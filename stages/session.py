@@ -24,6 +24,7 @@ from ralmspec.retrievers.cache import SessionCache
 
 from .arrangement import Arrangement, Outlook
 from .checks import Checks
+from .load import Load
 from .messages import Check, Committed, Decoded, Done, Drafted, Event, Pass, Place, RolledBack, Turn, Verdict
 from .model import Frontier
 from .request import Request, Status
@@ -46,6 +47,7 @@ class Session:
         *,
         workload: BoundWorkload,
         arrangement: Arrangement,
+        load: Load,
         cache: SessionCache | None,
         render: Callable[[Sequence[int]], str],
         emit: Callable[[Event], None],
@@ -55,6 +57,7 @@ class Session:
         self.request = request
         self.workload = workload
         self.arrangement = arrangement
+        self.load = load
         self.cache = cache
         self.stride = arrangement.stride()
         self.epoch = 0
@@ -71,7 +74,7 @@ class Session:
         self.statistics = Statistics(prompt_tokens=len(request.prompt), prompt_tokens_cut=request.prompt_tokens_cut)
         self.trace = Trace(id) if request.trace else None
         self._steps_begun = 0
-        self._complete = False  # nothing is left to decode, if every draft stands
+        self._ended = False  # nothing is left to decode, if every draft stands
         self._decoded_s: list[float] = []  # what each step took that was completed since the last verification
         self._text = TextStream(render)
         self._emit = emit
@@ -101,15 +104,24 @@ class Session:
         if self.final or self.blocked_by_reader:
             return None
         if not self.steps or self.steps[-1].complete:
-            if self._complete or self._window_full:
+            if self._ended or self._window_full:
                 return None
             return Move.DECODE if self.workload.asks_with_frontier and self.frontier is None else Move.LOOK
         newest = self.steps[-1]
         if newest.retrieved is None:
             return None
-        if newest.certain or self.arrangement.may_draft(self._outlook()):
+        if newest.certain or (self._may_guess and self.arrangement.may_draft(self._outlook())):
             return Move.DECODE
         return None
+
+    @property
+    def _may_guess(self) -> bool:
+        return not self.load.crowded and not self.steps[-1].barred
+
+    @property
+    def drafts(self) -> bool:
+        """Whether its next token would be written under a guess."""
+        return bool(self.steps) and not self.steps[-1].certain
 
     @property
     def checks_due(self) -> bool:
@@ -129,7 +141,10 @@ class Session:
             queued=len(self.checks.queued),
             flying=self.checks.credits_out,
             newest_flying=self.checks.flies(newest.index, self.epoch),
-            stuck=self._complete or newest.retrieved is None or (newest.complete and self._window_full),
+            stuck=self._ended
+            or newest.retrieved is None
+            or (newest.complete and self._window_full)
+            or (not newest.certain and not newest.complete and not self._may_guess),
             stride=self.stride.length,
         )
 
@@ -226,7 +241,7 @@ class Session:
         self.context.append(token)
         ends = self.request.ends(token, made.position)
         step.complete = ends or len(step.tokens) == self.workload.retrieval_stride
-        self._complete = ends  # provisional while the step is a draft
+        self._ended = ends  # provisional while the step is a draft
         if step.complete:
             self._decoded_s.append(step.busy_s)
         if self.request.drafts and not step.certain:
@@ -234,6 +249,14 @@ class Session:
             document = self.workload.source(made.retrieved)
             self._emit(Drafted(session=self.id, text=text, token=token, step=step.index, document=document))
         self._commit()
+
+    def give_up_draft(self, made: Pass) -> bool:
+        """A pass has failed: whether it wrote under a guess, so that the session can go on after the verdict."""
+        step = self.steps[-1] if self.steps else None
+        if step is None or step.index != made.step or step.certain:
+            return False
+        step.barred = True
+        return True
 
     # Verify --------------------------------------------------------------------------------------------------------
 
@@ -250,7 +273,7 @@ class Session:
     def judge(self, verdicts: Sequence[Verdict], *, search_s: float, verification_s: float) -> None:
         """Verdicts of one search: in step order, steps become certain, or the first wrong one is rolled back.
 
-        One that comes before those of earlier steps waits for them. `search_s` is the time of the search,
+        One that comes before those of earlier steps waits for them. `search_s` is the time of the worker's call,
         `verification_s` that from launch to verdict.
         """
         self.statistics.search_s += search_s
@@ -267,15 +290,16 @@ class Session:
             if step.retrieved is not None and not verdict.right:
                 self._roll_back(step, truth)
             step.retrieved, step.certain = truth, True
-        for verdict in sorted(verdicts, key=lambda verdict: verdict in applied):  # what stands comes last, so it counts
+        # Last in, first fetched: what stands comes last, and the oldest are dropped beyond the window.
+        for verdict in sorted(verdicts, key=lambda verdict: verdict in applied):
             if len(verdict.wanted):
                 self.wanted.append(verdict.wanted)
         self.statistics.checked += guessed
         self.statistics.matched += matched
         if guessed:
             mean = sum(self._decoded_s) / len(self._decoded_s) if self._decoded_s else None
-            self.stride.observe(matched=matched, checked=len(applied), step_s=mean, verification_s=verification_s)
-        self._decoded_s.clear()
+            self.stride.observe(matched=matched, checked=guessed, step_s=mean, verification_s=verification_s)
+            self._decoded_s.clear()
         self._commit()
 
     def _next_verdict(self) -> Verdict | None:
@@ -294,7 +318,7 @@ class Session:
             self.steps.pop()
         self.checks.drop()
         self._steps_begun = step.index + 1
-        self._complete = step.complete = False
+        self._ended = step.complete = False
         step.tokens.clear()
         step.busy_s = 0.0
         self.statistics.rollbacks += 1
@@ -348,13 +372,13 @@ class Session:
             self._emit(
                 Committed(
                     session=self.id,
-                    text=self._text.advance(self.committed, last=self._complete and not self.steps),
+                    text=self._text.advance(self.committed, last=self._ended and not self.steps),
                     tokens=tuple(step.tokens),
                     step=step.index,
                     document=self.workload.source(step.retrieved),
                 )
             )
-        if self._complete and not self.steps:
+        if self._ended and not self.steps:
             self.finish(Status.DONE)
 
     def span(self, stage: str, start: float, *, epoch: int, step: int | None = None, note: str = "") -> None:

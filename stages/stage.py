@@ -86,10 +86,11 @@ class Worker(Protocol):
         ...
 
 
-async def take(inbox: Inbox[Item], limit: int) -> list[Item]:
+async def take(inbox: Inbox[Item], limit: float = float("inf"), *, wait: bool = True) -> list[Item]:
     """Wait for one item, then take what else is already there, at most `limit` in all; empty when the inbox ended.
 
-    What is already there is taken without giving up the loop; whoever serves it does that soon enough.
+    What is already there is taken without giving up the loop; whoever serves it does that soon enough. Without `wait`
+    only what is there is taken, which may be nothing.
     """
     items: list[Item] = []
     try:
@@ -99,7 +100,7 @@ async def take(inbox: Inbox[Item], limit: int) -> list[Item]:
         pass
     except anyio.EndOfStream:
         return items
-    if not items:
+    if wait and not items:
         try:
             items.append(await inbox.receive())
         except anyio.EndOfStream:

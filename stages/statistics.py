@@ -15,7 +15,7 @@ class Statistics:
     new_tokens: int = 0
     steps: int = 0
     kb_calls: int = 0
-    """Searches of the knowledge base that this session took part in."""
+    """Searches of the knowledge base that this session took part in, one for each batch of its checks."""
     kb_queries: int = 0
     checked: int = 0
     """Guesses that the knowledge base has judged."""
@@ -24,7 +24,7 @@ class Statistics:
     wasted_tokens: int = 0
     """Tokens decoded and then thrown away."""
     search_s: float = 0.0
-    """Time inside those searches."""
+    """Time inside those searches, judging what they found included."""
     busy_s: float = 0.0
     """Time in Lookup and Generate, waiting for their turn included."""
     time_to_first_token_s: float | None = None

@@ -21,7 +21,8 @@ class Step:
 
     `start` counts generated tokens before it. `retrieved` is a guess until the step is `certain`, and None while
     nothing is known at all. `frontier` is that at its start, where queries need one. The step is `complete` when it has
-    all its tokens, and commits when it is certain and complete. `busy_s` is the time it has spent in Lookup and
+    all its tokens, and commits when it is certain and complete. It is `barred` when it could not be decoded under its
+    guess: whether that is an error, only the verdict tells. `busy_s` is the time it has spent in Lookup and
     Generate, waiting for its turn included.
     """
 
@@ -31,5 +32,6 @@ class Step:
     frontier: Frontier | None = None
     certain: bool = False
     complete: bool = False
+    barred: bool = False
     busy_s: float = 0.0
     tokens: list[int] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""How far to speculate before asking: a fixed stride, or the paper's scheduler OS3 (paper, section 3)."""
+"""How far to speculate before asking: a fixed stride, the paper's scheduler OS3 (paper, section 3), or an even pace."""
 
 import math
 from collections import deque
@@ -12,7 +12,7 @@ class Stride(Protocol):
 
     @property
     def length(self) -> int:
-        """Checks that are put to the knowledge base in one batch."""
+        """How many checks must wait for a batch of them to go to the knowledge base; those that wait go together."""
         ...
 
     def observe(self, *, matched: int, checked: int, step_s: float | None, verification_s: float) -> None:

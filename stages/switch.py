@@ -107,7 +107,7 @@ class Switch:
         self.send_nowait(session)
 
     def _give(self, place: Place, session: Session, checks: tuple[Check, ...] = ()) -> None:
-        if not checks:  # else they are counted where they fly
+        if place is not Place.VERIFY:  # those turns are counted where their checks fly
             session.out.add(place)
         turn = Turn(session=session.id, epoch=session.epoch, place=place, issued=self._now(), checks=checks)
         self._turns[place].send_nowait(turn)

@@ -11,17 +11,24 @@ from numpy.typing import NDArray
 
 from .checkpoint import Checkpoint, fingerprint, read
 from .errors import ModelFailed
-from .kv_slots import KvSlots
+from .kv_slots import KvSlots, Slot
 from .model import Frontier, Prefix, Tokens
+from .packed_attention import PackedAttention, Segment, attending
 
 _Array = TypeVar("_Array", bound=NDArray[Any])
+_KV_BYTES = 2 << 30
 
 
 class TransformersModel:
-    """GPT-2, OPT and LLaMA on CPU or CUDA, one session at a time. Satisfies `LanguageModel`.
+    """GPT-2, OPT and LLaMA on CPU or CUDA, up to `max_batch` sessions in a forward pass. Satisfies `LanguageModel`.
 
     Every session has up to two KV slots by default, so that the path being drafted and the path being checked, or two
     documents that take turns, can both be alive. A pass forwards only the tokens its slot does not hold, at least one.
+    The sessions' tokens stand in one row, none padded (`PackedAttention`), so it does not matter which sessions share a
+    pass, or how long they are. It forwards `pass_tokens` tokens at most: those who lack one token come first, then the
+    others as they stand; the rest of a long prefix is read by later passes, so nobody waits long for it.
+
+    Who shares a pass changes logits by rounding only: about 1e-6 in float32, 1e-15 in float64.
 
     A frontier's key is the hidden state that enters the last feed-forward layer (`FeedForwardInput`), `key_dimension`
     wide. `keys` and `evaluate` read whole texts at once and touch no session: they may run in another thread than
@@ -32,12 +39,19 @@ class TransformersModel:
     `seconds` of wall-clock time inside `forward`.
     """
 
-    max_batch = 1
-
-    def __init__(self, checkpoint: Checkpoint, *, slots_per_session: int = 2) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        slots_per_session: int = 2,
+        max_batch: int = 16,
+        pass_tokens: int = 512,
+        kv_bytes: int = 0,
+    ) -> None:
         import torch
-        from transformers.cache_utils import DynamicCache
 
+        if not 1 <= max_batch <= pass_tokens:
+            raise ValueError(f"max_batch={max_batch}, pass_tokens={pass_tokens}: at least 1, and a token for each")
         self._torch = torch
         self._network = checkpoint.network
         self._checkpoint = checkpoint
@@ -50,7 +64,15 @@ class TransformersModel:
         self.end_tokens = checkpoint.end_tokens
         self.start_tokens = checkpoint.start_tokens
         self.vocabulary = int(self._network.config.vocab_size)
-        self._slots = KvSlots(lambda: DynamicCache(config=self._network.config), per_session=slots_per_session)
+        self.max_batch = max_batch
+        self._pass_tokens = pass_tokens
+        layout = checkpoint.kv_layout
+        self._slots = KvSlots(
+            layout,
+            per_session=slots_per_session,
+            longest=self.context_length,
+            budget=kv_bytes or max(_KV_BYTES, 4 * self.context_length * layout.token_bytes),
+        )
         self.forward_passes = 0
         self.prefilled_tokens = 0
         self.reused_tokens = 0
@@ -63,15 +85,22 @@ class TransformersModel:
         *,
         device: str = "cpu",
         dtype: str = "float32",
-        slots_per_session: int = 2,
+        **settings: int,
     ) -> "TransformersModel":
         """Read a folder or a hub id: safetensors only, no code from the model's author.
 
         `dtype` is one of float32, float64, bfloat16, float16. In the two short ones a recomputed prefix may flip a
         token whose two best logits nearly tie. Raises `BadModel` for files that are missing, damaged or of a family
-        that is not served, `MissingExtra`, and `ValueError` for a device or dtype that is not there.
+        that is not served, `MissingExtra`, and `ValueError` for a device or dtype that is not there. `settings` are
+        those of the constructor: `slots_per_session`, `max_batch`, `pass_tokens`, and `kv_bytes`, the memory for keys
+        and values of all sessions (0: two GiB, or four prefixes of `context_length` if those take more).
         """
-        return cls(read(path_or_hub_id, device=device, dtype=dtype), slots_per_session=slots_per_session)
+        return cls(read(path_or_hub_id, device=device, dtype=dtype), **settings)
+
+    @property
+    def kv_tokens(self) -> int:
+        """How many prefix tokens there is KV memory for, over all sessions."""
+        return self._slots.budget // self._slots.layout.token_bytes
 
     def encode(self, text: str) -> list[int]:
         """Text to tokens: none added, none special, whatever the text contains. Thread-safe."""
@@ -81,19 +110,38 @@ class TransformersModel:
         """Tokens to text, special tokens left out. Thread-safe."""
         return self._tokenizer.decode(tokens)
 
-    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier]:
+    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier | Exception | None]:
         """Logits after each prefix, float32, or float64 where the model is, and its key, always float32.
 
-        Raises `ValueError` before any work for a prefix that is empty, longer than `context_length`, or has tokens
-        outside the vocabulary; `ModelFailed` if a pass raises or its numbers are not finite. The session's next pass
-        then starts from what its other slot holds, or afresh.
+        None for a prefix that is not read to its end yet; a `ModelFailed` for one whose numbers are not finite. Raises
+        `ValueError` before any work for a prefix that is empty, longer than `context_length`, or has tokens outside the
+        vocabulary; `ModelFailed` if the pass raises. After a fault the session's next pass starts from what its other
+        slot holds, or afresh.
         """
-        checked = [(prefix.session, self._checked(prefix.tokens)) for prefix in prefixes]
+        wanted = [self._checked(prefix.tokens) for prefix in prefixes]
+        if not wanted:
+            return []
         start = time.perf_counter()
+        taken = [self._slots.take(prefix.session, tokens) for prefix, tokens in zip(prefixes, wanted, strict=True)]
         try:
-            return [self._one(session, tokens) for session, tokens in checked]
+            with _passing(f"{len(wanted)} prefixes of up to {max(map(len, wanted))} tokens"):
+                segments = self._segments(taken, wanted)
+                outcomes = self._pass(segments, wanted)
+        except BaseException:  # nobody knows what the slots hold now
+            for slot in taken:
+                self._slots.drop(slot)
+            raise
         finally:
             self.seconds += time.perf_counter() - start
+        for prefix, tokens, slot, segment, outcome in zip(prefixes, wanted, taken, segments, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                self._slots.drop(slot)
+            else:
+                self._slots.put(prefix.session, slot, tokens[: segment.kept + segment.count])
+        self.forward_passes += 1
+        self.prefilled_tokens += sum(segment.count for segment in segments)
+        self.reused_tokens += sum(segment.kept for segment in segments)
+        return outcomes
 
     def fingerprint(self) -> str:
         """A checksum of the weights' and the tokenizer's files, in hex: a datastore's keys are for models with the
@@ -123,7 +171,7 @@ class TransformersModel:
         self._slots.forget(session)
 
     def kv_bytes(self) -> int:
-        """Memory that all sessions' keys and values take, in bytes; a slot inside a running pass is not counted."""
+        """Memory that all sessions' keys and values take, in bytes."""
         return self._slots.bytes()
 
     def held_sessions(self) -> int:
@@ -148,26 +196,50 @@ class TransformersModel:
             )
         return own
 
-    def _one(self, session: int, tokens: Tokens) -> Frontier:
-        what = f"a prefix of {len(tokens)} tokens"
-        with _passing(what):  # a slot whose pass fails stays out: nobody knows what its cache holds then
-            slot, kept = self._slots.take(session, tokens)
-            logits, key = self._pass(slot.cache, tokens[kept:])
-            frontier = Frontier(_finite(what, logits), _finite(what, key))
-        self._slots.put(session, slot, tokens)
-        self.forward_passes += 1
-        self.prefilled_tokens += len(tokens) - kept
-        self.reused_tokens += kept
-        return frontier
+    def _segments(self, taken: Sequence[Slot], wanted: Sequence[Tokens]) -> list[Segment]:
+        """Who forwards how many tokens in this pass, with room for them in the slots."""
+        missing = [len(tokens) - len(slot.tokens) for slot, tokens in zip(taken, wanted, strict=True)]
+        left = self._pass_tokens - sum(number == 1 for number in missing)
+        segments: list[Segment] = []
+        start = 0
+        for slot, number in zip(taken, missing, strict=True):
+            count = 1 if number == 1 else min(number, left)
+            left -= count if number > 1 else 0
+            kept = len(slot.tokens)
+            self._slots.grow(slot, kept + count)
+            segments.append(Segment(slot, start, count, kept))
+            start += count
+        return segments
 
-    def _pass(self, cache: Any, fresh: Tokens) -> tuple[Any, NDArray[np.float32]]:
+    def _pass(self, segments: Sequence[Segment], wanted: Sequence[Tokens]) -> list[Frontier | Exception | None]:
         torch = self._torch
-        with torch.inference_mode(), self._states.kept() as states:
-            inputs = torch.from_numpy(fresh)[None].to(self._network.device)
-            logits = self._network(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            # Copied, so that a key that is kept does not keep the states of the whole pass.
-            last = states[0].reshape(len(fresh), self.key_dimension)[-1].clone()
-            return self._as_logits(logits[0, -1]), self._as_keys(last, ())
+        fresh = [tokens[s.kept : s.kept + s.count] for s, tokens in zip(segments, wanted, strict=True)]
+        positions = [np.arange(s.kept, s.kept + s.count) for s in segments]
+        read = [s.kept + s.count == len(tokens) for s, tokens in zip(segments, wanted, strict=True)]
+        last = np.array([s.start + s.count - 1 for s, all_of_it in zip(segments, read, strict=True) if all_of_it], int)
+        packed = PackedAttention([segment for segment in segments if segment.count])
+        with torch.inference_mode(), self._states.kept() as states, attending(packed):
+            logits = self._network(
+                input_ids=self._row(fresh),
+                position_ids=self._row(positions),
+                use_cache=False,
+                logits_to_keep=torch.from_numpy(last).to(self._network.device),
+            ).logits
+            every = self._as_logits(logits[0])
+            keys = self._as_keys(states[0].reshape(-1, self.key_dimension)[last], (len(last),))
+        made = iter(zip(every, keys, strict=True))
+        return [self._frontier(len(tokens), *next(made)) if r else None for tokens, r in zip(wanted, read, strict=True)]
+
+    def _frontier(self, length: int, logits: Any, key: Any) -> Frontier | Exception:
+        """Of one session, copied, so that one that is kept does not keep those of the whole pass."""
+        try:
+            what = f"a prefix of {length} tokens"
+            return Frontier(_finite(what, logits.copy()), _finite(what, key.copy()))
+        except ModelFailed as error:
+            return error
+
+    def _row(self, pieces: Sequence[Tokens]) -> Any:
+        return self._torch.from_numpy(np.concatenate(pieces))[None].to(self._network.device)
 
     @contextmanager
     def _texts(self, tokens: Tokens) -> Iterator[tuple[Any, str]]:

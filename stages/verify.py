@@ -43,7 +43,7 @@ class Verify(CycleStage[Batch, list[Verdict]]):
 
     def take(self, session: Session, turn: Turn) -> Batch | None:
         """The checks that were launched."""
-        return session.take_checks(turn) or None
+        return session.take_checks(turn)
 
     def work(self, batch: list[Batch]) -> list[list[Verdict] | Exception]:
         """One search for the checks of all sessions, validated here at the edge; then what it says of each guess."""
@@ -74,10 +74,10 @@ class Verify(CycleStage[Batch, list[Verdict]]):
             for check, truth in found
         ]
         wrong = [n for n, (check, _) in enumerate(found) if check.guess is not None and not right[n]]
-        stand = min(wrong, default=len(found)) + 1
+        stand = wrong[0] + 1 if wrong else len(found)
         # What is found after a wrong guess enters the cache too, since a cache only guesses; but first, so as not to
         # stay the longest.
-        wanted = {n: self._remember(*found[n]) for n in [*range(stand, len(found)), *range(min(stand, len(found)))]}
+        wanted = {n: self._remember(*found[n]) for n in [*range(stand, len(found)), *range(stand)]}
         return [
             Verdict(
                 session=check.session,

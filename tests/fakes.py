@@ -29,18 +29,23 @@ class FakeModel:
     """Next token: a fixed draw from the document's first token and the last `memory` tokens.
 
     Text is numbers with spaces between them. `stubborn` is the share of positions at which the document does not
-    matter, so that a wrong guess may still give the right token.
+    matter, so that a wrong guess may still give the right token. `halts` is the share of prefixes of which a pass reads
+    only a part.
     """
 
     context_length = 4096
     max_batch = 1
+    kv_tokens = 1 << 30
     start_tokens: tuple[int, ...] = ()
 
-    def __init__(self, *, memory: int = 3, stubborn: float = 0.5, ends: bool = True, seed: int = 0) -> None:
+    def __init__(
+        self, *, memory: int = 3, stubborn: float = 0.5, ends: bool = True, seed: int = 0, halts: float = 0.0
+    ) -> None:
         self.end_tokens = frozenset({END}) if ends else frozenset()
         self.memory = memory
         self.stubborn = stubborn
         self.seed = seed
+        self.halts = halts
         self.passes = 0
         self.forgotten: list[int] = []
         self._remembered: dict[tuple[int, ...], Frontier] = {}
@@ -51,9 +56,12 @@ class FakeModel:
     def decode(self, tokens: Sequence[int]) -> str:
         return " ".join(str(token) for token in tokens)
 
-    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier]:
+    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier | Exception | None]:
         self.passes += 1
-        return [self._frontier(prefix.tokens) for prefix in prefixes]
+        return [self._frontier(prefix.tokens) if self._reads(prefix) else None for prefix in prefixes]
+
+    def _reads(self, prefix: Prefix) -> bool:
+        return not self.halts or draw(self.seed, self.passes, len(prefix.tokens)) % 1000 >= 1000 * self.halts
 
     def _frontier(self, tokens: Tokens) -> Frontier:
         seen = (int(tokens[0]), *tokens[-self.memory :].tolist())

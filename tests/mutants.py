@@ -323,7 +323,7 @@ def commits_unverified(commit: Any, self: Session) -> None:
 
 def ends_with_a_draft(decoded: Any, self: Session, *arguments: Any) -> None:
     decoded(self, *arguments)
-    if self._complete:
+    if self._ended:
         self.finish(Status.DONE)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from ralmspec.pipeline import KnnLM
 from ralmspec.retrievers.base import Query, Retriever
-from ralmspec.stages.model import LanguageModel, Prefix
+from ralmspec.stages.model import LanguageModel, Prefix, read_to_end
 from ralmspec.stages.sampling import Sampling
 
 
@@ -36,7 +36,7 @@ def sequential(
         before = [*model.start_tokens, *before]
         for _ in range(retrieval_stride):
             tokens = np.array([*before, *context], dtype=np.int64)
-            (frontier,) = model.forward([Prefix(session=session, tokens=tokens)])
+            frontier = read_to_end(model, Prefix(session=session, tokens=tokens))
             token = sampling.pick(frontier.logits, made)
             context.append(token)
             made += 1
@@ -60,7 +60,7 @@ def sequential_knn(
     context, nearest, sampling = list(prompt), [], sampling or Sampling()
     for made in range(max_new_tokens):
         tokens = np.array([*model.start_tokens, *context], dtype=np.int64)
-        (frontier,) = model.forward([Prefix(session=session, tokens=tokens)])
+        frontier = read_to_end(model, Prefix(session=session, tokens=tokens))
         (ranking,) = retriever.search([Query(text="", vector=frontier.key)], settings.top_k)
         nearest.append(int(ranking.ids[0]))
         logits = frontier.logits.astype(np.float64)

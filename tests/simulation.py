@@ -145,6 +145,8 @@ def simulate(luck: Luck) -> Counter[str]:
     world = World.of(chance.choice(WORLDS), chance.randrange(3), chance.choice((2, 3)))
     arrangement = luck.arrangement or chance.choice(ARRANGEMENTS)
     world.retriever.concurrency = chance.choice((1, 1, 2, 4))
+    world.model.max_batch = chance.choice((1, 2, 8, 64))
+    world.model.halts = chance.choice((0.0, 0.0, 0.3))
     delay = delays(chance)
     rate = chance.choice((0.0, 0.0, 0.003, 0.03)) if luck.faults is None else luck.faults
     dies = chance.random() < 1 / 8 if luck.dies is None else luck.dies

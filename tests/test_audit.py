@@ -24,7 +24,7 @@ class Scores(FakeModel):
         self.gap = gap
         self.prefixes: list[list[int]] = []
 
-    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier]:
+    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier | Exception | None]:
         self.prefixes += [prefix.tokens.tolist() for prefix in prefixes]
         return [Frontier(np.array([0.0, 1.0 + self.gap, 1.0])) for _ in prefixes]
 

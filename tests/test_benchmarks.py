@@ -130,7 +130,7 @@ class Chatty(FakeModel):
         time.sleep(self.pause_s)
         return super().decode(tokens)
 
-    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier]:
+    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier | Exception | None]:
         time.sleep(0.001)
         return super().forward(prefixes)
 

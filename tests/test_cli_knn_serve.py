@@ -58,8 +58,8 @@ def test_verify_holds_every_arrangement_against_the_sequential_one(
         "--strides", "2,os3", "--json", str(report),
     )  # fmt: skip
     assert code == 0, err
-    assert "10 outputs of 5 arrangements: 10 identical" in out
-    assert json.loads(report.read_text())["identical"] == 10
+    assert "12 outputs of 6 arrangements: 12 identical" in out
+    assert json.loads(report.read_text())["identical"] == 12
 
 
 @pytest.mark.parametrize(

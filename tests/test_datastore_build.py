@@ -376,7 +376,7 @@ def real(tmp_path_factory):
 
 
 def test_keys_are_those_of_the_models_own_frontiers(real):
-    from ralmspec.stages.model import Prefix
+    from ralmspec.stages.model import Prefix, read_to_end
     from ralmspec.stages.transformers_model import TransformersModel
 
     path, text, folder = real
@@ -390,7 +390,7 @@ def test_keys_are_those_of_the_models_own_frontiers(real):
     for entry in (0, 1, 62, 63, 64, 200, 201, len(store) - 1):
         window = max(0, (entry - 20) // stride) if entry >= 63 else 0
         prefix = np.array([start, *store.tokens[window * stride : entry + 1]])
-        (frontier,) = model.forward([Prefix(session=1, tokens=prefix)])
+        frontier = read_to_end(model, Prefix(session=1, tokens=prefix))
         assert frontier.key is not None
         np.testing.assert_allclose(store.keys.take(np.array([entry]))[0], frontier.key, rtol=2**-10, atol=1e-4)
         (query,) = exact.encode([Query(text="", vector=frontier.key)])

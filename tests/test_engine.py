@@ -6,12 +6,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_datastore import knn_world
 from fakes import FakeRetriever
 
-from ralmspec.pipeline import BadKnowledge
+from ralmspec.pipeline import BadKnowledge, Limits
 from ralmspec.pipeline.engine import EngineOptions, choose_questions, open_engine
+from ralmspec.pipeline.knn_engine import KnnOptions, open_knn_engine
 from ralmspec.pipeline.thread_budget import ThreadBudget
-from ralmspec.retrievers import corpus, dense, encoder, index, padded, passages
+from ralmspec.retrievers import corpus, datastore, dense, encoder, index, padded, passages
 from ralmspec.retrievers.latency import SetLatency
 from ralmspec.retrievers.questions import QuestionFolder
 from ralmspec.stages import transformers_model
@@ -58,9 +60,11 @@ def test_threads_are_told_before_anything_is_loaded(opened: Opened) -> None:
     assert opened.given["threads"][0] == (ThreadBudget(model=3, index=2, jvm=2),)
 
 
-def test_the_model_gets_its_device_and_its_precision(opened: Opened) -> None:
-    engine = open_engine(EngineOptions(model="path", data=Path("d"), device="cuda:1", dtype="float64"))
-    assert opened.given["model"] == (("path",), {"device": "cuda:1", "dtype": "float64"})
+def test_the_model_gets_its_device_its_precision_and_its_bounds(opened: Opened) -> None:
+    options = EngineOptions(model="path", data=Path("d"), device="cuda:1", dtype="float64", max_batch=700, kv_mib=3)
+    engine = open_engine(options)
+    bounds = {"max_batch": 700, "pass_tokens": 700, "kv_bytes": 3 << 20}
+    assert opened.given["model"] == (("path",), {"device": "cuda:1", "dtype": "float64", **bounds})
     assert engine.model is opened.made["model"]
 
 
@@ -78,6 +82,36 @@ def test_an_index_is_searched_as_the_options_say(opened: Opened) -> None:
     assert engine.retriever is engine.index is opened.made["index"]
     assert engine.questions is None
     assert engine.description == "fake"
+
+
+@pytest.mark.parametrize(
+    ("documents", "ef_search", "depth"), [(0, 77, 256), (100, 100, 256), (256, 256, 256), (1000, 1000, 1000)]
+)
+def test_an_index_is_searched_deep_enough_for_what_is_wanted(documents: int, ef_search: int, depth: int) -> None:
+    search = EngineOptions(model="m", ef_search=77).search(documents=documents)
+    assert (search.ef_search, search.depth) == (ef_search, depth)
+
+
+@pytest.mark.parametrize(("prefetch", "deep"), [(1, 300), (300, 300), (512, 512)])
+def test_a_datastore_is_searched_deep_enough_for_the_mixture_and_for_prefetch(
+    prefetch: int, deep: int, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, neighbours, workload = knn_world()
+    store: Any = workload.datastore
+    opened.made |= {"model": model, "datastore": store, "entries": neighbours}
+    store.retriever = opened.by("entries")
+    monkeypatch.setattr(datastore.Datastore, "open", opened.by("datastore"))
+    engine = open_knn_engine(
+        KnnOptions(model="m", datastore=Path("s"), retriever="hnsw", top_k=300, ef_search=77), documents=prefetch
+    )
+    (kind, search), _ = opened.given["entries"]
+    assert (kind, search.ef_search, search.depth) == ("hnsw", deep, deep)
+    assert engine.index is neighbours and engine.limits.cached_documents == 16_384
+
+
+def test_a_sessions_cache_is_as_large_as_asked_for(opened: Opened) -> None:
+    assert open_engine(EngineOptions(model="m", data=Path("d"), cached_documents=77)).limits.cached_documents == 77
+    assert open_engine(EngineOptions(model="m", data=Path("d"))).limits == Limits()
 
 
 def test_an_encoder_of_ones_own_takes_the_place_of_the_manifest_s(opened: Opened) -> None:

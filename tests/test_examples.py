@@ -137,10 +137,12 @@ def test_embed_asyncio_serves_every_kind_of_client(tmp_path: Path) -> None:
 class Slow(FakeModel):
     """Takes at least a millisecond for a token, and never ends."""
 
+    max_batch = 8
+
     def __init__(self) -> None:
         super().__init__(ends=False)
 
-    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier]:
+    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier | Exception | None]:
         time.sleep(0.001)
         return super().forward(prefixes)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from clocks import VirtualLoop
 from fake_datastore import Approximate, FakeDatastore, KeyedModel, Neighbours, knn_world
-from fakes import FakeModel, FakeRetriever, fixed
+from fakes import FakeModel, FakeRetriever, Workers, fixed
 from oracle import sequential_knn
 
 from ralmspec.pipeline import (
@@ -17,6 +17,7 @@ from ralmspec.pipeline import (
     Continuous,
     KnnLM,
     Pipeline,
+    PromptTooLong,
     Ranking,
     Sampling,
     Sequential,
@@ -86,6 +87,19 @@ async def test_a_rollback_repeats_no_forward_pass() -> None:
         assert set(passes.values()) == {30}
 
 
+async def test_sequential_serving_waits_for_no_look_up() -> None:
+    """There is nothing to encode and no cache to look into."""
+    model, neighbours, workload = knn_world()
+    workers = Workers(model=0.1, index=0.3, encoder=5.0)
+    async with Pipeline(
+        model=model, retriever=neighbours, workload=workload, speculation=Sequential(), worker=workers
+    ) as pipeline:
+        statistics = (await pipeline.complete("3 1 4", max_new_tokens=6, ignore_eos=True)).statistics
+    # The prompt is read once; then a search and a pass for every token.
+    assert statistics.latency_s == pytest.approx(0.1 + 6 * (0.3 + 0.1))
+    assert not workers["encoder"].log
+
+
 async def test_neighbours_that_differ_do_not_matter_when_the_token_is_the_same() -> None:
     """With a share of 0 the datastore has no say: whatever is guessed is right."""
     model, neighbours, workload = knn_world(interpolation=0.0, successors=0)
@@ -125,6 +139,22 @@ async def test_what_follows_a_neighbour_is_guessed() -> None:
 def bound(**settings: Any) -> Any:
     model, neighbours, workload = knn_world(**settings)
     return workload.bind(model, neighbours)
+
+
+def test_a_prompt_keeps_its_end_or_is_refused() -> None:
+    assert bound(max_prompt_tokens=3).prompt("1 2 3 4 5") == ([3, 4, 5], 2)
+    assert bound(max_prompt_tokens=5, truncate=False).prompt("1 2 3 4 5") == ([1, 2, 3, 4, 5], 0)
+    with pytest.raises(PromptTooLong, match="5 tokens, 3 are allowed"):
+        bound(max_prompt_tokens=3, truncate=False).prompt("1 2 3 4 5")
+
+
+def test_a_prefix_is_the_context_behind_the_models_own_beginning() -> None:
+    model, neighbours, workload = knn_world(max_prompt_tokens=10)
+    model.start_tokens = (9, 8)
+    served = workload.bind(model, neighbours)
+    retrieved = Ranking(np.array([5]), np.zeros(1, dtype=np.float32))
+    assert served.prefix([1, 2], None).tolist() == served.prefix([1, 2], retrieved).tolist() == [9, 8, 1, 2]
+    assert served.room() == 12
 
 
 def test_the_mixture_is_a_distribution_made_as_the_formula_says() -> None:

@@ -13,7 +13,16 @@ import pytest
 from clocks import VirtualLoop
 from fakes import AlwaysMisses, FakeModel, FakeRetriever, Workers
 
-from ralmspec.pipeline import Answer, Arrangement, Asynchronous, InContext, Pipeline, Sequential, Synchronous
+from ralmspec.pipeline import (
+    Answer,
+    Arrangement,
+    Asynchronous,
+    Continuous,
+    InContext,
+    Pipeline,
+    Sequential,
+    Synchronous,
+)
 
 K = 4
 
@@ -136,6 +145,36 @@ async def test_asynchronous_full_matches_cost_the_papers_formula(s: int, b: floa
     a = K * p + e
     assert seconds == pytest.approx(e + b + s * a + (rounds - 1) * ((s - 1) * a + max(a, b)) + max(K * p, b))
     assert answer.statistics.kb_calls == rounds + 1 and not answer.statistics.wasted_tokens
+
+
+@pytest.mark.parametrize("b", [0.1, 0.45, 0.7, 3.0])
+async def test_continuous_never_waits_for_a_verdict(b: float) -> None:
+    e, p, n = 0.05, 0.1, 12
+    seconds, answer = await served(Continuous(), hits(), n=n, e=e, p=p, b=b)
+    # After the first search all steps follow one another. Their checks go out from the second look-up on, each batch
+    # when the one before it has come home, or if nothing waits then, at the next look-up; the last brings what is left.
+    a = K * p + e
+    looked = [e + b + step * a for step in range(1, n)]
+    home, searches = looked[0], 1
+    while looked:
+        begins = max(home, looked[0])
+        home, searches = begins + b, searches + 1
+        looked = [at for at in looked if at > begins + 1e-9]
+    assert seconds == pytest.approx(max(e + b + n * a - e, home))
+    assert answer.statistics.kb_calls == searches and not answer.statistics.wasted_tokens
+
+
+async def test_two_flights_set_out_by_turns() -> None:
+    e, p, b, n = 0.05, 0.1, 3.0, 24
+    retriever = hits()
+    retriever.concurrency = 2
+    seconds, _ = await served(Continuous(flights=2), retriever, n=n, e=e, p=p, b=b)
+    # a = 0.45. Nothing is known of a and b at first, so the checks of steps 2 and 3 set out as soon as they are there.
+    # The first of them comes home 3.0 later; 5 more steps have been looked up by then, and a flight is worth
+    # 3.0 / 0.45 / 2 checks, that is 4. From now on a flight is free whenever 4 steps have been looked up.
+    assert retriever.searches == [1, 1, 1, 5, 4, 4, 4, 4]
+    # The last look-up fills the last flight.
+    assert seconds == pytest.approx(e + b + (n - 1) * (K * p + e) + b)
 
 
 class Noted(FakeModel):

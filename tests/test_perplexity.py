@@ -17,7 +17,7 @@ from ralmspec.pipeline.perplexity import Evidence, Text, bits_per_byte, gather, 
 from ralmspec.retrievers.datastore import Datastore
 from ralmspec.retrievers.datastore_build import DatastoreOptions, build_datastore
 from ralmspec.retrievers.windows import Windows
-from ralmspec.stages.model import Prefix
+from ralmspec.stages.model import Prefix, read_to_end
 
 pytest.importorskip("torch", reason="needs ralmspec[local]")
 pytest.importorskip("faiss", reason="needs ralmspec[local]")
@@ -88,7 +88,7 @@ def test_it_is_what_serving_computes(world, family: str) -> None:
     for place in range(len(tokens) - 1):
         begin = max(0, (place - CONTEXT) // stride) * stride
         prefix = np.array([*model.start_tokens, *tokens[begin : place + 1]])
-        [frontier] = model.forward([Prefix(session=0, tokens=prefix)])
+        frontier = read_to_end(model, Prefix(session=0, tokens=prefix))
         for row, (top_k, workload) in enumerate(workloads):
             bound = workload.bind(model, here.retriever)
             [ranking] = here.retriever.search([bound.query((), frontier)], top_k)

@@ -1,19 +1,23 @@
 """Rule R10 of the cycle: who a fault hits, and what a death is. See `test_rules.py`."""
 
 import asyncio
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import anyio
 import numpy as np
 import pytest
 from clocks import run
-from fakes import VOCABULARY, FakeModel, FakeRetriever, Workers, fixed
+from fakes import VOCABULARY, AlwaysMisses, FakeModel, FakeRetriever, Workers, draw, fixed
 from faults import STAGES, Bad, deadly
 from oracle import sequential
 from scenes import PROMPT, TOKENS, Lingers, exact, opened, until
 
 from ralmspec.pipeline import (
+    Arrangement,
+    Asynchronous,
+    Continuous,
     EngineDead,
     ModelFailed,
     Ranking,
@@ -21,7 +25,8 @@ from ralmspec.pipeline import (
     Sequential,
     Synchronous,
 )
-from ralmspec.stages.model import Frontier
+from ralmspec.retrievers.base import Ids, Query, Scores
+from ralmspec.stages.model import Frontier, Prefix
 from ralmspec.stages.verify import Verify
 
 # R10 Fault scope -------------------------------------------------------------------------------------------------
@@ -64,7 +69,7 @@ class Moody(FakeModel):
             raise ValueError("text")
         return text
 
-    def forward(self, prefixes: Any) -> list[Frontier]:
+    def forward(self, prefixes: Any) -> list[Frontier | Exception | None]:
         frontiers = super().forward(prefixes)
         for place, prefix in enumerate(prefixes):
             if bytes([9, 9, 9]) in bytes(prefix.tokens.tolist()):
@@ -99,6 +104,112 @@ async def one_unlucky(where: str) -> None:
         with pytest.raises((ValueError, ModelFailed, RetrieverFailed), match=where.split()[0]):
             await pipeline.complete(UNLUCKY, max_new_tokens=TOKENS)
     assert model.together, "they were in no batch together"
+
+
+class Wrong(FakeRetriever):
+    """What is true changes from query to query; a cache always guesses the document of the one before."""
+
+    def __init__(self, bad: int) -> None:
+        super().__init__(documents=200)
+        self.bad = bad
+        self.searched = 0
+
+    def _rank(self, query: Query, k: int) -> Ranking:
+        own = draw(query.text) % (len(self) - 1) + 1
+        if self.searched == 0 and k > 1:  # what is found first brings the bad one along, and the cache likes it best
+            return Ranking(np.array([own, self.bad]), np.array([2, 1], dtype=np.float32))
+        return Ranking(np.array([own]), np.ones(1, dtype=np.float32))
+
+    def rows(self, ids: Ids) -> Scores:
+        return np.asarray(ids == self.bad, dtype=np.float32)[:, None]
+
+    def score(self, query: Query, rows: Any) -> Scores:
+        return np.asarray(rows[:, 0], dtype=np.float32)
+
+
+class Cannot(FakeModel):
+    """Cannot read anything under one document: it raises in a thread call, for this session alone."""
+
+    def __init__(self, document: int) -> None:
+        super().__init__(ends=False)
+        self.document = document
+        self.refused = 0
+
+    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier | Exception | None]:
+        outcomes = super().forward(prefixes)
+        for place, prefix in enumerate(prefixes):
+            if prefix.tokens[0] == self.document % VOCABULARY and prefix.tokens[1] == self.document // VOCABULARY:
+                outcomes[place] = ModelFailed("cannot read this")
+                self.refused += 1
+        return outcomes
+
+
+@pytest.mark.parametrize(
+    "speculation",
+    [
+        Synchronous(speculation_stride=3, prefetch=20),
+        Asynchronous(speculation_stride=2, prefetch=20),
+        Continuous(window=6, flights=2, prefetch=20),
+    ],
+    ids=lambda speculation: type(speculation).__name__,
+)
+@pytest.mark.parametrize("seconds", [{"model": 0.1, "index": 0.25}, {"model": 0.1, "index": 0.01}, {"model": 0.1}])
+def test_r10_a_guess_that_cannot_be_written_under_is_no_fault(speculation: Arrangement, seconds: Any) -> None:
+    """Sequential serving would never have met it: so the answer is the same, and nobody fails."""
+    model = Cannot(document=0)
+
+    async def main() -> None:
+        async with opened(
+            model=model, retriever=Wrong(bad=0), speculation=speculation, worker=fixed(**seconds)
+        ) as pipeline:
+            answer = await exact(pipeline)
+        assert 0 < model.refused <= answer.statistics.rollbacks, "it is not tried again and again"
+
+    run(main)
+
+
+class FailsOnce(AlwaysMisses):
+    """Two searches at once; the n-th one fails."""
+
+    concurrency = 2
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+
+    def search(self, queries: Sequence[Query], k: int) -> list[Ranking]:
+        if len(self.searches) + 1 == self.n:
+            self.searches.append(0)
+            raise RetrieverFailed("once")
+        return super().search(queries, k)
+
+
+def test_r10_a_search_that_fails_for_nobody_any_more_is_no_fault() -> None:
+    """Of two batches in flight the first one is found wrong, so the other is stale when it fails."""
+
+    async def main() -> list[int]:
+        survived = []
+        for n in range(1, 7):
+            speculation = Continuous(window=8, flights=2)
+            worker = fixed(model=0.1, index=0.75, encoder=0.02)
+            async with opened(retriever=FailsOnce(n), speculation=speculation, worker=worker) as pipeline:
+                with suppress(RetrieverFailed):
+                    await exact(pipeline)
+                    survived.append(n)
+        return survived
+
+    assert run(main) == [3, 5]
+
+
+def test_r10_what_cannot_be_written_under_the_truth_is_one() -> None:
+    async def main() -> None:
+        model = Cannot(document=0)
+        async with opened(model=model, retriever=FakeRetriever(documents=1)) as pipeline:
+            with pytest.raises(ModelFailed, match="cannot read this"):
+                await pipeline.complete(PROMPT)
+            assert not pipeline.live_sessions and model.refused == 1
+
+    run(main)
 
 
 @pytest.mark.parametrize("stage", ["encoder", "model", "index", "prefetch"])

@@ -40,7 +40,7 @@ ARRANGEMENTS: list[Arrangement] = [
 class Forgetful(TransformersModel):
     """Computes every prefix from its first token."""
 
-    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier]:
+    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier | Exception | None]:
         frontiers = super().forward(prefixes)
         for prefix in prefixes:
             self.forget(prefix.session)

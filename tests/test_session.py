@@ -29,7 +29,9 @@ from ralmspec.pipeline import (
     Synchronous,
 )
 from ralmspec.retrievers.cache import SessionCache
+from ralmspec.stages.load import Load
 from ralmspec.stages.messages import Check, Decoded, Pass, Place, Turn, Verdict
+from ralmspec.stages.model import Prefix, read_to_end
 from ralmspec.stages.request import Request, Status
 from ralmspec.stages.session import Session
 from ralmspec.stages.step import Move
@@ -54,11 +56,13 @@ class Hand:
         self.retriever = retriever or FakeRetriever(documents=20)
         self.events: list[Event] = []
         self.at = 0.0
+        self.load = Load()
         self.session = Session(
             1,
             Request(prompt=PROMPT, unread_limit=unread_limit, end_tokens=self.model.end_tokens, **request),
             workload=InContext(retrieval_stride=stride).bind(self.model, self.retriever),
             arrangement=speculation,
+            load=self.load,
             cache=SessionCache(self.retriever) if speculation.guesses else None,
             render=self.model.decode,
             emit=self.emit,
@@ -278,6 +282,41 @@ def test_what_is_fetched_first_is_wanted_by_the_last_verdict_that_stands() -> No
     assert not len(hand.session.take_wanted())
 
 
+# Load ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "speculation",
+    [Synchronous(speculation_stride=4), Asynchronous(speculation_stride=4), Continuous(window=4, flights=2)],
+    ids=lambda speculation: type(speculation).__name__,
+)
+def test_while_the_model_is_crowded_a_guess_is_checked_and_not_decoded(speculation: Arrangement) -> None:
+    hand = Hand(speculation)
+    hand.begin()
+    hand.guesses(5)
+    hand.decode(1, 2)
+    hand.look()
+    assert hand.session.move is Move.DECODE and hand.session.drafts
+    hand.load.crowded = True
+    assert hand.session.move is None
+    hand.judge(hand.launch(), 5)  # due, since nothing else would bring the session on
+    assert hand.session.move is Move.DECODE and not hand.session.drafts, "what is known to be right is decoded anyway"
+
+
+def test_a_draft_that_was_begun_before_the_crowd_came_is_gone_on_with_when_it_is_right() -> None:
+    hand = Hand(Asynchronous(speculation_stride=4))
+    hand.begin()
+    hand.guesses(5)
+    hand.decode(1, 2)
+    hand.look()
+    hand.decode(3)
+    hand.load.crowded = True
+    assert hand.session.move is None
+    hand.judge(hand.launch(), 5)
+    hand.decode(4)
+    assert hand.committed() == [(1, 2), (3, 4)]
+
+
 # Ends ------------------------------------------------------------------------------------------------------------
 
 
@@ -484,7 +523,7 @@ def test_whatever_comes_home_when_the_output_is_the_oracles(data: st.DataObject)
             case "answer":
                 assert made is not None
                 prefix = session.workload.prefix(made.context, made.retrieved)
-                (frontier,) = hand.model.forward([type("P", (), {"tokens": prefix})()])
+                frontier = read_to_end(hand.model, Prefix(session=1, tokens=prefix))
                 token = made.request.sampling.pick(frontier.logits, made.position)
                 session.decoded(made, Decoded(token, None), seconds=0.0)
                 made = None

@@ -7,6 +7,7 @@ import pytest
 from ralmspec.pipeline import OS3, FixedStride
 from ralmspec.stages.stride import (
     OS3Stride,
+    PacedStride,
     Stride,
     asynchronous_objective,
     expected_advance,
@@ -163,3 +164,24 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     for wrong in ({"window": 0}, {"longest": 0}, {"gamma_max": 0.0}, {"gamma_max": 1.0}):
         with pytest.raises(ValueError, match="gamma_max"):
             OS3(**wrong)
+
+
+# Paced -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flights", "length"), [(1, 7), (2, 4), (3, 3), (7, 1), (20, 1)])
+def test_flights_are_spread_over_the_time_that_one_takes(flights: int, length: int) -> None:
+    """b/a = 6.2: in that time so many steps ask, and so many flights set out, each with an equal share of them."""
+    stride: Stride = PacedStride(flights, 64)
+    assert stride.length == 1, "nothing is known yet"
+    stride.observe(matched=1, checked=1, step_s=0.5, verification_s=3.1)
+    assert stride.length == length
+    stride.observe(matched=1, checked=1, step_s=None, verification_s=300.0)
+    assert stride.length == length, "nothing was decoded, so a is not known"
+
+
+def test_a_paced_stride_stays_within_the_window() -> None:
+    stride = PacedStride(2, 12)
+    for b, length in ((1e9, 12), (0.0, 1), (12.0, 6)):
+        stride.observe(matched=0, checked=1, step_s=1.0, verification_s=b)
+        assert stride.length == length

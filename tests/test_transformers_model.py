@@ -15,7 +15,7 @@ from tiny_models import CONTEXT, SPECIAL, VOCABULARY, tiny_model
 
 from ralmspec.stages import checkpoint as checkpoints
 from ralmspec.stages.errors import BadModel, ModelFailed
-from ralmspec.stages.model import Prefix
+from ralmspec.stages.model import Prefix, read_to_end
 from ralmspec.stages.transformers_model import TransformersModel
 
 FAMILIES = ("gpt2", "opt", "llama")
@@ -43,8 +43,7 @@ def load(checkpoint):
 
 
 def logits(model, *parts, session=1):
-    (frontier,) = model.forward([Prefix(session=session, tokens=np.concatenate(parts))])
-    return frontier.logits
+    return read_to_end(model, Prefix(session=session, tokens=np.concatenate(parts))).logits
 
 
 def greedy(model, tokens, count, session=1):
@@ -130,11 +129,11 @@ def test_the_shared_output_layer_is_stored_anew_and_the_embedding_is_not(checkpo
 
 
 def test_several_prefixes_in_one_call_keep_their_order(load):
-    model, alone = load(), load()
+    model, alone = load("llama", "float64"), load("llama", "float64")
     prefixes = [Prefix(session=session, tokens=tokens) for session, tokens in ((1, A), (2, B), (1, C), (3, PROMPT))]
     frontiers = model.forward(prefixes)
     for prefix, frontier in zip(prefixes, frontiers, strict=True):
-        np.testing.assert_array_equal(frontier.logits, logits(alone, prefix.tokens))
+        np.testing.assert_allclose(frontier.logits, logits(alone, prefix.tokens), rtol=0, atol=1e-9)
         alone.forget(1)
     assert model.forward([]) == []
 
@@ -209,7 +208,7 @@ def test_keys_are_what_enters_the_last_feed_forward_layer(models, late_norm, fam
     np.testing.assert_allclose(model.keys(texts), keys, rtol=2**-23, atol=EXACT[dtype])
     for row, text in enumerate(texts):
         for length in (1, 57, 120):
-            (frontier,) = model.forward([Prefix(session=row, tokens=text[:length])])
+            frontier = read_to_end(model, Prefix(session=row, tokens=text[:length]))
             assert frontier.key is not None and frontier.key.dtype == np.float32
             np.testing.assert_allclose(frontier.key, keys[row, length - 1], rtol=2**-23, atol=EXACT[dtype])
     assert model.reused_tokens, "some of those came from passes over part of the prefix"
@@ -361,12 +360,10 @@ def test_a_failed_pass_drops_its_slot_and_no_other(load, fault):
     logits(model, A, PROMPT)
     logits(model, B, PROMPT)
     logits(model, C, session=2)
-    passes = model.forward_passes
     model._network = Faulty(model._network, fault)
-    with pytest.raises(ModelFailed, match="prefix of 133 tokens") as failure:
+    with pytest.raises(ModelFailed, match="133 tokens") as failure:
         logits(model, A, PROMPT, [40])
     assert failure.value.__cause__ is (fault if isinstance(fault, Exception) else None)
-    assert model.forward_passes == passes
     assert forwarded(model, B, PROMPT, [40]) == 1
     assert forwarded(model, C, [40], session=2) == 1
     expected = logits(load("gpt2", "float64"), A, PROMPT, [40])

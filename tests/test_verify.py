@@ -8,6 +8,7 @@ from ralmspec.pipeline import Answer, Arrangement, InContext, Pipeline, Query, R
 from ralmspec.retrievers.base import Ids, Scores
 from ralmspec.retrievers.cache import SessionCache
 from ralmspec.stages.messages import Check, Verdict
+from ralmspec.stages.prefetch import Prefetch
 from ralmspec.stages.request import Request
 from ralmspec.stages.verify import Verify
 
@@ -59,8 +60,8 @@ def test_a_first_retrieval_has_no_guess_to_judge() -> None:
 class Reads(Scattered):
     """Remembers which rows were read."""
 
-    def __init__(self) -> None:
-        super().__init__(documents=64)
+    def __init__(self, documents: int = 64) -> None:
+        super().__init__(documents=documents)
         self.read: list[list[int]] = []
 
     def rows(self, ids: Ids) -> Scores:
@@ -122,3 +123,25 @@ async def test_prefetch_reads_what_the_cache_lacks_and_nothing_twice() -> None:
     for ids in wide:
         assert len(set(ids)) == len(ids) and seen.isdisjoint(ids)
         seen |= {*ids}
+
+
+def test_what_is_wanted_most_is_fetched_last_and_stays_longest() -> None:
+    cache, retriever = fetched(2000, capacity=2000)
+    assert len(retriever.read) > 1, "in pieces"
+    cache.insert(np.arange(2000, 2500), retriever.rows(np.arange(2000, 2500)))
+    assert cache.missing(np.arange(2000)).tolist() == [*range(1500, 2000)]
+
+
+def test_no_more_is_fetched_than_the_cache_holds() -> None:
+    cache, retriever = fetched(2900, capacity=1500)
+    assert sum(len(ids) for ids in retriever.read) == 1500
+    assert cache.missing(np.arange(2900)).tolist() == [*range(1500, 2900)]
+
+
+def fetched(wanted: int, *, capacity: int) -> tuple[SessionCache, Reads]:
+    """What one call for documents 0, 1, 2, ... leaves, the first ones wanted most."""
+    retriever = Reads(documents=3000)
+    cache = SessionCache(retriever, capacity)
+    stage = Prefetch({}, retriever, VirtualWorker("prefetch", lambda name: 0.0), lambda: 0.0)
+    assert stage.work([(cache, np.arange(wanted))]) == [min(wanted, capacity)]
+    return cache, retriever

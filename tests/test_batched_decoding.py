@@ -1,0 +1,221 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
+"""Several sessions in one forward pass: who shares it, and how much of a prefix it reads, changes nothing but time."""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import CONTEXT, VOCABULARY, tiny_model
+
+from ralmspec.stages import checkpoint as checkpoints
+from ralmspec.stages.checkpoint import FAMILIES
+from ralmspec.stages.errors import ModelFailed
+from ralmspec.stages.kv_slots import BLOCK
+from ralmspec.stages.model import Prefix, read_to_end
+from ralmspec.stages.transformers_model import TransformersModel
+
+random = np.random.default_rng(11)
+A, B, C = (random.integers(3, VOCABULARY, n) for n in (150, 90, 40))
+TOKEN_BYTES = 2 * 3 * 2 * 16 * 4  # of the tiny LLaMA in float32
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+
+    @lru_cache
+    def read(family, dtype, **settings):
+        return checkpoints.read(tiny_model(family, folder, **settings), device="cpu", dtype=dtype)
+
+    return lambda family="llama", dtype="float64", **options: TransformersModel(read(family, dtype), **options)
+
+
+def prefixes(*sequences, first=1):
+    return [Prefix(session=first + n, tokens=np.asarray(tokens)) for n, tokens in enumerate(sequences)]
+
+
+def alone(model, tokens):
+    """Computed by itself, from the first token."""
+    model.forget(-1)
+    return read_to_end(model, Prefix(session=-1, tokens=np.asarray(tokens)))
+
+
+def same(frontier, expected):
+    np.testing.assert_allclose(frontier.logits, expected.logits, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(frontier.key, expected.key, rtol=0, atol=1e-5)
+
+
+class Instead:
+    """A network whose passes are another's."""
+
+    def __init__(self, network, run):
+        self.device = network.device
+        self.run = run
+
+    def __call__(self, **inputs):
+        return self.run(**inputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sessions_that_join_go_back_and_leave_get_what_they_would_alone(load, family):
+    model, other = load(family), load(family)
+    rounds: list[Any] = [
+        [A, B],
+        [[*A, 50], [*B, 51], C],  # one joins
+        [[*A, 60], [*B, 51, 52, 53], [*C, 54]],  # one goes back, one reads three tokens
+        [[*C, 54, 55], [*A[:100], 40], C[:2]],  # one leaves, one goes far back, one begins anew
+    ]
+    names = [[1, 2], [1, 2, 3], [1, 2, 3], [3, 1, 2]]
+    for sessions, sequences in zip(names, rounds, strict=True):
+        batch = [Prefix(session=s, tokens=np.asarray(t)) for s, t in zip(sessions, sequences, strict=True)]
+        for prefix, frontier in zip(batch, model.forward(batch), strict=True):
+            same(frontier, alone(other, prefix.tokens))
+    assert model.forward_passes == len(rounds)
+    assert model.reused_tokens > 150 + 90 + 150 + 90 + 40
+
+
+def test_queries_may_share_heads_of_keys_and_values(tmp_path):
+    path = tiny_model("llama", tmp_path, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    model, other = (TransformersModel.load(path, dtype="float64") for _ in range(2))
+    for sequences in ([A, B], [[*A, 5], [*B, 6, 7]]):
+        for prefix, frontier in zip(batch := prefixes(*sequences), model.forward(batch), strict=True):
+            same(frontier, alone(other, prefix.tokens))
+
+
+def test_a_long_prefix_is_read_in_parts_and_stalls_nobody(load):
+    model, other = load(pass_tokens=64, max_batch=4), load()
+    model.forward(prefixes(C))
+    told = []
+    for number in range(3):
+        decoding = [*C, *range(40, 41 + number)]
+        frontier, reading, late = model.forward(prefixes(decoding, A, B))
+        same(frontier, alone(other, decoding))
+        told.append((reading is not None, late is not None))
+        assert model.prefilled_tokens == 40 + 64 * (number + 1), "no pass forwards more, and none less while some wait"
+    assert told == [(False, False), (False, False), (True, False)]
+    same(reading, alone(other, A))
+    same(read_to_end(model, Prefix(session=3, tokens=B)), alone(other, B))
+    assert model.prefilled_tokens == 40 + 3 + 150 + 90, "nothing was read twice"
+
+
+def test_going_back_in_the_middle_of_reading(load):
+    model, other = load(pass_tokens=64), load()
+    assert model.forward(prefixes(A)) == [None]
+    changed = [*A[:40], *B]
+    assert model.forward(prefixes(changed)) == [None]
+    same(read_to_end(model, *prefixes(changed)), alone(other, changed))
+    assert model.prefilled_tokens == 64 + len(changed) - 40
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=6), st.integers(6, 128), st.integers(0, 2**32 - 1))
+def test_whatever_shares_a_pass(load, lengths, pass_tokens, seed):
+    draw = np.random.default_rng(seed)
+    model, other = load(max_batch=6, pass_tokens=pass_tokens), load()
+    sequences = [draw.integers(3, VOCABULARY, n).tolist() for n in lengths]
+    open_ = dict(enumerate(sequences))
+    for _ in range(200):
+        if not open_:
+            break
+        chosen = draw.permutation([*open_])[: draw.integers(1, len(open_) + 1)].tolist()
+        before = model.prefilled_tokens
+        made = model.forward([Prefix(session=n, tokens=np.array(open_[n])) for n in chosen])
+        assert 0 < model.prefilled_tokens - before <= pass_tokens
+        for n, frontier in zip(chosen, made, strict=True):
+            if frontier is not None:
+                same(frontier, alone(other, open_.pop(n)))
+    assert not open_, "every prefix is read in the end"
+
+
+def test_one_sessions_bad_numbers_are_its_own_fault(load):
+    model, other = load(), load()
+    model.forward(prefixes(A, B, C))
+    network = model._network
+
+    def faulty(**inputs):
+        answer = network(**inputs)
+        answer.logits[0, 1, 5] = float("nan")
+        return answer
+
+    model._network = Instead(network, faulty)
+    first, second, third = model.forward(prefixes([*A, 5], [*B, 6], [*C, 7]))
+    assert isinstance(second, ModelFailed) and "91 tokens" in str(second)
+    same(first, alone(other, [*A, 5]))
+    same(third, alone(other, [*C, 7]))
+    model._network = network
+    before = model.prefilled_tokens
+    same(model.forward(prefixes([*A, 5, 6], [*B, 6]))[1], alone(other, [*B, 6]))
+    assert model.prefilled_tokens - before == 1 + 91, "what the bad pass left is not built on"
+
+
+def test_a_pass_that_raises_drops_the_slots_of_all_in_it(load):
+    model = load()
+    model.forward(prefixes(A, B, C))
+    held = model.kv_bytes()
+
+    def broken(**inputs):
+        raise MemoryError("no room")
+
+    network = model._network
+    model._network = Instead(network, broken)
+    with pytest.raises(ModelFailed, match="MemoryError: no room"):
+        model.forward(prefixes([*A, 5], [*B, 6]))
+    model._network = network
+    assert 0 < model.kv_bytes() < held and model.held_sessions() == 1
+    for session in (1, 2, 3):
+        model.forget(session)
+    assert model.kv_bytes() == 0
+
+
+# Memory
+
+
+def test_memory_stays_within_its_budget_and_second_slots_go_first(load):
+    room = 512 * TOKEN_BYTES
+    model = load("llama", "float32", kv_bytes=room)
+    assert model.kv_tokens == 512
+    model.forward(prefixes(B, B[::-1].copy()))  # sessions 1 and 2, each with a slot of 128
+    model.forward(prefixes(A))  # a second slot of session 1, of 192
+    assert model.kv_bytes() == (128 + 128 + 192) * TOKEN_BYTES
+    model.forward([Prefix(session=3, tokens=C)])
+    assert model.kv_bytes() == room
+    model.forward([Prefix(session=4, tokens=C)])
+    assert model.kv_bytes() == (128 + 192 + 64 + 64) * TOKEN_BYTES, "session 1's older slot was given up"
+    before = model.prefilled_tokens
+    model.forward(prefixes([*A, 5], [*B[::-1], 5]))
+    assert model.prefilled_tokens - before == 2, "what is needed next is still there"
+
+
+def test_without_room_the_longest_unused_is_read_again(load):
+    model, other = load("llama", "float32", kv_bytes=512 * TOKEN_BYTES), load("llama", "float32")
+    lengths = {n: 64 * n for n in range(1, 6)}
+    for n, length in lengths.items():
+        model.forward([Prefix(session=n, tokens=np.resize(A, length))])
+        assert model.kv_bytes() <= 512 * TOKEN_BYTES
+    assert model.held_sessions() == 1
+    frontier = read_to_end(model, Prefix(session=2, tokens=np.resize(A, 129)))
+    np.testing.assert_allclose(frontier.logits, alone(other, np.resize(A, 129)).logits, rtol=0, atol=1e-4)
+
+
+def test_a_budget_that_one_prefix_exceeds_is_refused(load):
+    with pytest.raises(ValueError, match=f"one prefix of {CONTEXT} tokens takes {CONTEXT * TOKEN_BYTES} bytes"):
+        load("llama", "float32", kv_bytes=CONTEXT * TOKEN_BYTES - 1)
+    assert load("llama", "float32").kv_tokens == (2 << 30) // TOKEN_BYTES
+
+
+@pytest.mark.parametrize(("max_batch", "pass_tokens"), [(0, 64), (8, 7)])
+def test_settings_that_cannot_work_are_refused(load, max_batch, pass_tokens):
+    with pytest.raises(ValueError, match=f"max_batch={max_batch}, pass_tokens={pass_tokens}"):
+        load(max_batch=max_batch, pass_tokens=pass_tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_memory_that_is_counted_is_the_memory_that_is_there(load, family):
+    model = load(family, "float32")
+    model.forward(prefixes(A, B))
+    memories = [slot.memory for slots in model._slots._held.values() for slot in slots]
+    assert [memory.shape[3] for memory in memories] == [3 * BLOCK, 2 * BLOCK]
+    assert model.kv_bytes() == sum(memory.untyped_storage().nbytes() for memory in memories)
