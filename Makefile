@@ -16,13 +16,13 @@ CHECKED := pipeline stages retrievers examples benchmarks tests
 BENCHMARKS ?= $(wildcard benchmarks/*.py)
 
 # No look-ups on model hubs, no tokenizer threads beside ours, and OpenMP pools that sleep instead of spinning.
-demo test bench: export HF_HUB_OFFLINE := 1
-demo test bench: export TOKENIZERS_PARALLELISM := false
-demo test bench: export OMP_WAIT_POLICY := PASSIVE
+demo test bench stress soak: export HF_HUB_OFFLINE := 1
+demo test bench stress soak: export TOKENIZERS_PARALLELISM := false
+demo test bench stress soak: export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check bench
+.PHONY: help install demo test stress soak check bench
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,17 @@ demo: $(READY) ## answer a real question over Wikipedia, then serve four of them
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+FAULTS := --cancel-rate 0.05 --fault-rate 0.02
+SOAK_SECONDS ?= 3600
+
+stress: $(READY) ## 10,000 simulated sessions with cancels and faults: none lost, none wrong, nothing leaked
+	$(BIN)/ralmspec stress --simulate --sessions 10000 $(FAULTS)
+
+soak: $(READY) ## 100,000 simulated sessions, then SOAK_SECONDS (an hour) of the bundled model, with faults; reports in out/
+	mkdir -p out
+	$(BIN)/ralmspec stress --simulate --sessions 100000 $(FAULTS) --slow-reader-rate 0.01 --json out/soak_simulated.json
+	$(BIN)/ralmspec stress --model examples/demo/model --data examples/demo --seconds $(SOAK_SECONDS) --concurrency 16 $(FAULTS) --slow-reader-rate 0.01 --json out/soak_real.json
 
 # Type checkers cannot see through an editable install, so they get a copy in build/types; stale copies must go first.
 check: $(READY) ## lint, formatting and types

@@ -81,7 +81,8 @@ def load() -> Pipeline:
     """All that takes long and needs no event loop."""
     corpus = Corpus.find(DEMO)
     retriever = ExactDense(Passages(corpus.passages), corpus.embeddings, SentenceEncoder("minilm"))
-    return Pipeline(model=TransformersModel.load(DEMO / "model"), retriever=retriever, limits=Limits(sessions=3))
+    limits = Limits(sessions=3, waiting=0)  # nobody waits, so that one of the four clients has to come back
+    return Pipeline(model=TransformersModel.load(DEMO / "model"), retriever=retriever, limits=limits)
 
 
 async def service(length: int, deadline_s: float) -> None:

@@ -8,6 +8,7 @@ The layers, and which way imports go (a test holds it):
     ralmspec.pipeline     what a program touches
       Pipeline ─ SessionStream          open once; a context-managed stream of events per request
       Runner ─ ThreadWorker             the only task group; one thread per device
+      Admission ─ Limits                who is let in: slots, KV memory, and a waiting room in front of them
       Sequential, Synchronous,          arrangements: the same stages, four sets of two decisions
       Asynchronous, Continuous
          │
@@ -39,6 +40,7 @@ from ralmspec.retrievers.errors import BadKnowledge as BadKnowledge
 from ralmspec.retrievers.errors import MissingExtra as MissingExtra
 from ralmspec.retrievers.errors import RalmspecError as RalmspecError
 from ralmspec.retrievers.errors import RetrieverFailed as RetrieverFailed
+from ralmspec.retrievers.retrying import Retrying as Retrying
 from ralmspec.stages.arrangement import Arrangement as Arrangement
 from ralmspec.stages.errors import BadModel as BadModel
 from ralmspec.stages.errors import DocumentTooLong as DocumentTooLong

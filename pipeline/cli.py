@@ -1,5 +1,5 @@
-"""The command line: `ralmspec ask`, `compare` and `verify-lossless` for in-context RaLM; `index build` and `info`;
-`knn build`, `info`, `tune`, `perplexity`, `ask`, `compare` and `verify-lossless`; `bench retrieval`; `doctor`."""
+"""The command line: `ralmspec ask`, `compare`, `verify-lossless` and `stress` for in-context RaLM; `index build` and
+`info`; `knn build`, `info`, `tune`, `perplexity`, `ask`, `compare`, `verify-lossless`; `bench retrieval`; `doctor`."""
 
 import typer
 
@@ -7,12 +7,13 @@ from . import command_bench, command_index, command_knn, command_knn_perplexity,
 from .command_ask import ask
 from .command_compare import compare_command
 from .command_doctor import doctor
+from .command_stress import stress_command
 from .command_verify import verify_command
 
 app = typer.Typer(
     help="Iterative retrieval-augmented generation, served with speculation: same output, lower latency.\n\n"
-    "ask, compare and verify-lossless need a model (a folder or a hub id) and an index folder, or a data folder that "
-    "holds passages_NAME.jsonl[.gz], embeddings_NAME_*.npy and, for measuring, questions_SET.jsonl[.gz]. "
+    "ask, compare, verify-lossless and stress need a model (a folder or a hub id) and an index folder, or a data "
+    "folder that holds passages_NAME.jsonl[.gz], embeddings_NAME_*.npy and, for measuring, questions_SET.jsonl[.gz]. "
     "The knn commands need a model and a datastore of it.",
     no_args_is_help=True,
     add_completion=False,
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command("ask")(ask)
 app.command("compare")(compare_command)
 app.command("verify-lossless")(verify_command)
+app.command("stress")(stress_command)
 app.add_typer(command_index.app, name="index")
 for name, command in (
     ("ask", command_knn_serve.ask_command),

@@ -1,7 +1,7 @@
 """Errors that a caller of the pipeline can meet, beside those of the layers below.
 
 RalmspecError
-├── Overloaded        every slot is taken; try again later
+├── Overloaded        there is no room, and waiting would be in vain; try again later
 ├── NotServing        the pipeline is not open (not entered yet, draining, or closed)
 ├── Cancelled         the session was ended from outside while somebody read it
 ├── DeadlineExceeded  the session's deadline came first
@@ -13,7 +13,10 @@ from ralmspec.retrievers.errors import RalmspecError
 
 
 class Overloaded(RalmspecError):
-    """Every slot is taken. `retry_after_s` is a hint: the mean time a session has taken lately."""
+    """Slots or KV memory are taken, and the waiting room is full too, or the deadline would pass in it.
+
+    The message says which. `retry_after_s` is a hint: by then, as things go, all who wait now will have been let in.
+    """
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -25,11 +28,11 @@ class NotServing(RalmspecError):
 
 
 class Cancelled(RalmspecError):
-    """The session was ended by its own `cancel`."""
+    """The session was ended by its own `cancel`, maybe while it waited to begin."""
 
 
 class DeadlineExceeded(RalmspecError):
-    """The session did not end before its deadline."""
+    """The session did not end, or could not begin, before its deadline."""
 
 
 class Stalled(RalmspecError):

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 class Limits:
     """Bounds of a pipeline. Times in seconds."""
 
-    sessions: int = 512
-    """Sessions live at once; one more is refused with `Overloaded`."""
+    sessions: int = 64
+    """Sessions live at once; the model's KV memory may hold fewer. One more waits."""
+    waiting: int = 64
+    """Requests that wait for a slot or for KV memory; one more is refused with `Overloaded`. 0: nobody waits."""
     cached_documents: int = 4096
     """Documents a session's cache holds (LRU beyond)."""
     unread_events: int = 64
@@ -18,7 +20,9 @@ class Limits:
     call_s: float = 300.0
     """A call into model, encoder or index that takes longer counts as hung: `EngineDead`."""
     drain_s: float = 30.0
-    """How long leaving the pipeline lets live sessions go on."""
+    """How long leaving the pipeline lets live sessions go on; calls that still run then are waited for."""
+    lag_alarm_s: float = 0.1
+    """An event loop that does not turn for so long is logged, with the place where it is stuck. 0: no alarm."""
 
     def __post_init__(self) -> None:
         for name in ("sessions", "cached_documents", "unread_events"):
@@ -27,5 +31,6 @@ class Limits:
         for name in ("stall_s", "call_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Limits({name}={getattr(self, name)}): must be above 0")
-        if not self.drain_s >= 0:
-            raise ValueError(f"Limits(drain_s={self.drain_s}): must not be below 0")
+        for name in ("waiting", "drain_s", "lag_alarm_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"Limits({name}={getattr(self, name)}): must not be below 0")

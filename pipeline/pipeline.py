@@ -32,8 +32,8 @@ class Pipeline(AsyncContextManagerMixin):
             answer = await pipeline.complete("who plays ken barlow in coronation street?")
 
     Runs on asyncio and trio, inside whatever program is there already. `speculation` is one of the arrangements
-    (`Sequential`, `Synchronous`, `Asynchronous`); all give the same tokens. `output` are stages that every event
-    passes on its way to the caller. Leaving the block drains: sessions that are live may end within
+    (`Sequential`, `Synchronous`, `Asynchronous`, `Continuous`); all give the same tokens. `output` are stages that
+    every event passes on its way to the caller. Leaving the block drains: sessions that are live may end within
     `limits.drain_s`, then the rest is ended with `NotServing`. If a stage died, leaving raises `EngineDead`.
     """
 
@@ -82,6 +82,11 @@ class Pipeline(AsyncContextManagerMixin):
         """Slots in use, those of ended sessions with work still on its way home included."""
         return len(self._runner.switch.live) if self._runner else 0
 
+    @property
+    def waiting_sessions(self) -> int:
+        """Requests that wait for a slot or for KV memory."""
+        return self._runner.admission.waiting if self._runner else 0
+
     def session(
         self,
         prompt: str,
@@ -93,26 +98,30 @@ class Pipeline(AsyncContextManagerMixin):
         trace: bool = False,
         deadline_s: float = float("inf"),
     ) -> SessionStream:
-        """A session for this prompt; its slot is taken on entering it.
+        """A session for this prompt; its slot is taken on entering it, which may mean to wait for one.
 
         `drafts=True` also yields drafted tokens and the rollbacks that retract them. `ignore_eos` goes on to
         `max_new_tokens` whatever the model says. `deadline_s` counts from entering. Entering raises `EmptyPrompt`,
-        `PromptTooLong`, `Overloaded`, `NotServing`, `EngineDead`; `ValueError` here for numbers that make no sense.
+        `PromptTooLong`, `Overloaded`, `DeadlineExceeded`, `NotServing`, `EngineDead`; `ValueError` here for numbers
+        that make no sense.
         """
-        if self._runner is None:
+        runner = self._runner
+        if runner is None:
             raise NotServing("the pipeline is not open: enter it with `async with`, and open sessions inside")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
         longest = self._workload.room() + max_new_tokens
-        if longest > self.model.context_length:
+        if longest > (most := min(self.model.context_length, self.model.kv_tokens)):
             raise ValueError(
-                f"a prefix could grow to {longest} tokens, the model reads {self.model.context_length}: "
+                f"a prefix could grow to {longest} tokens, the model has room for {most}: "
                 "lower max_new_tokens, or the workload's max_prompt_tokens or max_document_tokens"
             )
         if not deadline_s > 0:
             raise ValueError(f"deadline_s={deadline_s}: must be above 0")
 
         def request() -> Request:
+            deadline = anyio.current_time() + deadline_s
+            runner.admission.refuse_if_hopeless(max_new_tokens, deadline)  # before the prompt is tokenised
             tokens, cut = self._workload.prompt(prompt)
             return Request(
                 prompt=tuple(tokens),
@@ -122,11 +131,11 @@ class Pipeline(AsyncContextManagerMixin):
                 end_tokens=frozenset() if ignore_eos else self.model.end_tokens,
                 drafts=drafts,
                 trace=trace,
-                deadline=anyio.current_time() + deadline_s,
+                deadline=deadline,
                 unread_limit=self.limits.unread_events,
             )
 
-        return SessionStream(self._runner, request)
+        return SessionStream(runner, request)
 
     async def complete(
         self,

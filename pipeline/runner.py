@@ -1,4 +1,4 @@
-"""Runs the stages: queues, the only task group, admission, death, and draining."""
+"""Runs the stages: queues, the only task group, sessions' beginnings and ends, death, and draining."""
 
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -27,10 +27,13 @@ from ralmspec.stages.switch import Switch
 from ralmspec.stages.verify import Verify
 from ralmspec.stages.workload import BoundWorkload
 
-from .errors import EngineDead, NotServing, Overloaded
+from .admission import Admission
+from .errors import EngineDead, NotServing
+from .lag_alarm import LagAlarm
 from .limits import Limits
 from .output_path import Delivery, PickUp
-from .watchdog import Watchdog
+from .threads import ThreadWorker
+from .watchdog import OnTime, Watchdog
 
 _SESSION_IDS: Iterator[int] = count(1)
 """Never used again, also not by another pipeline that shares the model and its KV memory (R4)."""
@@ -60,7 +63,6 @@ class Runner:
         self._opened = self._accepting = False
         self._changed = anyio.Event()
         self._scopes: list[anyio.CancelScope] = []
-        self._mean_session_s = 1.0
 
         inboxes, outboxes = {}, {}
         for place in (Place.LOOKUP, Place.GENERATE, Place.VERIFY, Place.PREFETCH):
@@ -73,11 +75,18 @@ class Runner:
             outboxes, output=path[0][0] if path else None, now=anyio.current_time, released=self._released
         )
         self._sources: list[MemoryObjectSendStream[Any]] = [*outboxes.values(), *(ends[0] for ends in path[:1])]
+        self.admission = Admission(
+            limits,
+            kv_tokens=model.kv_tokens,
+            room=workload.room(),
+            live=self.switch.live,
+            refuse_if_closed=self._refuse_if_closed,
+        )
 
         searches = max(1, retriever.concurrency)
         threads = {"model": 1, "encoder": 1, "index": searches, "prefetch": 1}
         self._workers = {name: worker(name, number) for name, number in threads.items()}
-        live, now, workers = self.switch.live, anyio.current_time, self._workers
+        live, now, workers = OnTime(self.switch.live, self._fail), anyio.current_time, self._workers
         k = max(arrangement.prefetch, workload.top_k)
         cycle: dict[Place, Stage[Turn, Session]] = {
             Place.LOOKUP: Lookup(live, retriever, workload, workers["encoder"], now),
@@ -102,11 +111,13 @@ class Runner:
         """Readiness: whether new sessions are served."""
         return self._accepting and self.dead is None
 
-    # Admission -----------------------------------------------------------------------------------------------------
+    # Beginnings and ends -------------------------------------------------------------------------------------------
 
-    def admit(self, request: Request) -> Sink:
-        """Take a slot and begin, all in one section (R1). Raises `Overloaded`, `NotServing` or `EngineDead`."""
-        self.refuse_if_closed()
+    async def admit(self, request: Request) -> Sink:
+        """Begin a session when its turn has come. Raises what `Admission.let_in` does."""
+        return await self.admission.let_in(request, lambda: self._begin(request))
+
+    def _begin(self, request: Request) -> Sink:
         session = Session(
             next(_SESSION_IDS),
             request,
@@ -125,17 +136,13 @@ class Runner:
     def _cache(self) -> SessionCache | None:
         return SessionCache(self._retriever, self.limits.cached_documents) if self._arrangement.guesses else None
 
-    def refuse_if_closed(self) -> None:
-        """Raise what `admit` would raise now."""
+    def _refuse_if_closed(self) -> None:
         if self.dead is not None:
             raise EngineDead(str(self.dead)) from self.dead
         if not self._opened:
             raise NotServing("the pipeline is not open: enter it with `async with`, and open sessions inside")
         if not self._accepting:
             raise NotServing("the pipeline is closing, or closed: it takes no new sessions")
-        if len(self.switch.live) >= self.limits.sessions:
-            message = f"all {self.limits.sessions} slots are taken: try again later, or raise Limits(sessions=...)"
-            raise Overloaded(message, retry_after_s=self._mean_session_s)
 
     def end(self, session: Session, status: Status, error: BaseException) -> None:
         """Finish a session from outside the stages, and let go of what is not out."""
@@ -148,7 +155,7 @@ class Runner:
     def _released(self, session: Session) -> None:
         """A slot is free: the session ended and everything of it is home (R6)."""
         self._model.forget(session.id)
-        self._mean_session_s += 0.1 * (session.statistics.latency_s - self._mean_session_s)
+        self.admission.released(session)
         self._change()
 
     def _change(self) -> None:
@@ -162,14 +169,17 @@ class Runner:
         """Run the stages while the block runs; then drain (R11). After a death, leaving raises `EngineDead`."""
         failure: Exception | None = None
         watch = anyio.CancelScope()
+        alarm = LagAlarm(self.limits.lag_alarm_s)
         async with anyio.create_task_group() as tasks:
             try:
                 for stage in self._stages:
                     tasks.start_soon(self._live, *stage)
                 tasks.start_soon(self._watch, watch)
+                if self.limits.lag_alarm_s and any(isinstance(w, ThreadWorker) for w in self._workers.values()):
+                    alarm.start()  # where time is real
                 self._opened = self._accepting = True
                 yield
-                self._accepting = False
+                self._stop_accepting()
                 with anyio.move_on_after(self.limits.drain_s):
                     await self._emptied()
             except Exception as error:  # the caller's own; the task group would hide it in an exception group
@@ -183,6 +193,7 @@ class Runner:
                     raise
                 finally:
                     watch.cancel()
+                    alarm.stop()
                     for source in self._sources:
                         source.close()
                     for worker in self._workers.values():  # nothing runs in them, unless the engine is dead
@@ -215,7 +226,7 @@ class Runner:
 
     async def _drain(self) -> None:
         """Admission off, finish what is left, wait for thread calls, and see that all is home."""
-        self._accepting = False
+        self._stop_accepting()
         for session in list(self.switch.live.values()):
             self.end(session, Status.FAILED, NotServing("the pipeline was closed before the session ended"))
         with anyio.move_on_after(self.limits.call_s):
@@ -226,6 +237,10 @@ class Runner:
                 worker.abandon()
             await self._emptied()
 
+    def _stop_accepting(self) -> None:
+        self._accepting = False
+        self.admission.close()
+
     async def _emptied(self) -> None:
         while self.switch.live:
             await self._changed.wait()
@@ -235,6 +250,7 @@ class Runner:
         if self.dead is None:
             self.dead = EngineDead(why)
             self.dead.__cause__ = error
+            self.admission.close()
         for session in list(self.switch.live.values()):
             self.end(session, Status.FAILED, EngineDead(why))
         for scope in self._scopes:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+import anyio
 from anyio.lowlevel import checkpoint
 
 from ralmspec.stages.messages import Committed, Done, Event
@@ -34,24 +35,29 @@ class SessionStream:
         async with pipeline.session("who plays ken barlow?") as session:
             async for event in session: ...
 
-    Entering takes a slot (`Overloaded` when there is none). Leaving the block, however it is left, ends the session
-    and frees what it held. Events come in order; `Done` is the last, and a session that ends otherwise raises its
-    error instead: a stream that stops without `Done` or an error does not exist. One task at a time may read.
+    Entering takes a slot, and waits for one if need be (`Overloaded` where that would be in vain). Leaving the block,
+    however it is left, ends the session and frees what it held. Events come in order; `Done` is the last, and a session
+    that ends otherwise raises its error instead: a stream that stops without `Done` or an error does not exist. One
+    task at a time may read.
     """
 
     def __init__(self, runner: Runner, request: Callable[[], Request]) -> None:
         self._runner = runner
         self._request = request
+        self._entering: anyio.CancelScope | None = None
         self._entered: Sink | None = None
         self._ended = False
 
     async def __aenter__(self) -> Self:
-        if self._entered is not None:
+        if self._entering is not None:
             raise RuntimeError("a session can be entered once; ask the pipeline for another one")
-        self._runner.refuse_if_closed()  # the cheap refusal, before the prompt is tokenised
         request = self._request()
-        await checkpoint()
-        self._entered = self._runner.admit(request)
+        with anyio.CancelScope() as self._entering:
+            await checkpoint()
+            self._entered = await self._runner.admit(request)
+        if self._entering.cancel_called:  # by `cancel`; a cut from elsewhere raises in the scope, and leaves nothing
+            self.cancel()
+            raise Cancelled("the session was cancelled before it began")
         return self
 
     async def __aexit__(
@@ -81,9 +87,14 @@ class SessionStream:
         return self._entered
 
     def cancel(self) -> None:
-        """End the session from another task; its reader sees `Cancelled`. Harmless before it is entered, or again."""
+        """End the session from another task; its reader sees `Cancelled`, and so does who waits for it to begin.
+
+        Harmless before it is entered, or again.
+        """
         if self._entered is not None:
-            self._runner.end(self._sink.session, Status.CANCELLED, Cancelled("the session was cancelled"))
+            self._runner.end(self._entered.session, Status.CANCELLED, Cancelled("the session was cancelled"))
+        elif self._entering is not None:
+            self._entering.cancel()
 
     @property
     def id(self) -> int:

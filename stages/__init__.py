@@ -7,7 +7,8 @@ The graph of the stages has a cycle: verdicts flow back and rollbacks make new w
 stops for ever, because one rollback makes several messages. These rules keep it alive; the code cites them by number,
 and a test holds each.
 
-R1   Admission is one synchronous section: check for a slot, register, enqueue. No slot: `Overloaded`.
+R1   Admission is one synchronous section: check for a slot, register, enqueue. Who finds none waits in front of it, in
+     a room that is bounded too; where that is full, or waiting would be in vain: `Overloaded`, at once.
 R2   One owner: a session's state changes only in its own sections, on the loop. Threads get immutable inputs. Only
      the caches and the KV memory are theirs: locked, and without a say in any output.
 R3   A rollback is a write, not a message: the epoch rises, what was speculated goes, the true document stands. No wait.

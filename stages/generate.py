@@ -81,11 +81,15 @@ class Generate(CycleStage[Pass, Decoded]):
             raise
         except Exception as error:
             raise ModelFailed(f"the forward pass raised {type(error).__name__}: {error}") from error
+        if len(frontiers) != len(prefixes):
+            raise ModelFailed(f"{len(prefixes)} prefixes were given, {len(frontiers)} frontiers came back")
         for place, frontier in zip(prefixes, frontiers, strict=True):
             made = batch[place]
             try:
                 if isinstance(frontier, Exception):
                     raise frontier
+                if frontier is not None and frontier.logits.ndim != 1:
+                    raise ModelFailed(f"logits of one prefix are a row, not an array of shape {frontier.logits.shape}")
                 if frontier is None:  # a part was read; the next turn goes on from what is known now
                     outcomes[place] = Decoded(None, made.frontier)
                 elif self._workload.asks_with_frontier:

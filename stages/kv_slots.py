@@ -100,12 +100,13 @@ class KvSlots:
         """Make room in a slot that was taken for so many tokens."""
         if length <= slot.capacity:
             return
-        capacity = min(-(-length // BLOCK) * BLOCK, self._longest)
+        capacity, n = min(-(-length // BLOCK) * BLOCK, self._longest), len(slot.tokens)
+        with self._lock:
+            self._evict((capacity - slot.capacity) * self.layout.token_bytes)
+        memory = self.layout.allocate(capacity)
+        memory[:, :, :, :n] = slot.memory[:, :, :, :n]
         with self._lock:
             self._bytes += (capacity - slot.capacity) * self.layout.token_bytes
-            self._evict()
-        memory, n = self.layout.allocate(capacity), len(slot.tokens)
-        memory[:, :, :, :n] = slot.memory[:, :, :, :n]
         slot.memory = memory
 
     def put(self, session: int, slot: Slot, tokens: Tokens) -> None:
@@ -137,9 +138,9 @@ class KvSlots:
         """Memory of all slots, those that are being worked on included, in bytes."""
         return self._bytes
 
-    def _evict(self) -> None:
-        """Free held slots until all of them are within the budget, if they can be."""
-        while self._bytes > self.budget:
+    def _evict(self, more: int) -> None:
+        """Free held slots until so many bytes more are within the budget, if they can be."""
+        while self._bytes + more > self.budget:
             held = [(session, n) for session, slots in self._held.items() for n in range(len(slots))]
             if not held:
                 return

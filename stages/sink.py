@@ -17,6 +17,7 @@ class Sink:
         self.session = session
         self._wake = wake
         self._arrived = anyio.Event()
+        self._waited_for = False
 
     def put(self, event: Event) -> None:
         """Leave an event for the reader."""
@@ -25,10 +26,16 @@ class Sink:
         self._arrived.set()
 
     async def get(self) -> Event:
-        """The next event; taking it lets the session work again."""
-        while not self.events:
-            self._arrived = anyio.Event()
-            await self._arrived.wait()
+        """The next event; taking it lets the session work again. `anyio.BusyResourceError` while another task waits."""
+        if self._waited_for:
+            raise anyio.BusyResourceError("reading from")
+        self._waited_for = True
+        try:
+            while not self.events:
+                self._arrived = anyio.Event()
+                await self._arrived.wait()
+        finally:
+            self._waited_for = False
         event = self.events.popleft()
         self.session.heard()
         self._wake(self.session)

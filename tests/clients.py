@@ -44,6 +44,8 @@ RETRIEVERS: dict[str, Callable[[int], FakeRetriever]] = {
 }
 NEIGHBOURS: dict[str, type[Neighbours]] = {"nearest entries": Neighbours, "some near entries": Approximate}
 WORLDS = (*RETRIEVERS, *NEIGHBOURS)
+LENGTHS = (6, 9, 14)
+"""New tokens that clients ask for."""
 PROMPTS = ("3 1 4", "15 9 2 6", "5 3 5 8 9 7 9", "2 7 1 8", "1 4 1 4 2 1", "11 22 17 5")
 
 
@@ -114,7 +116,7 @@ class Client:
         chance, luck = self.chance, self.luck
         await anyio.sleep(chance.expovariate(5))
         prompt = chance.choice(PROMPTS)
-        longest = chance.choice((6, 9, 14))
+        longest = chance.choice(LENGTHS)
         sampling = Sampling(temperature=0.7, seed=self.number % 3) if chance.random() < 0.1 else Sampling()
         ignore_eos = chance.random() < 0.2
         drafts = chance.random() < 0.3
@@ -187,8 +189,9 @@ class Client:
                         events -= 1
                         if slow and self.chance.random() < 0.5:
                             await anyio.sleep(self.chance.expovariate(0.5))
-        except (NotServing, EngineDead) as refusal:
+        except (NotServing, EngineDead, DeadlineExceeded, Cancelled) as refusal:  # before it began
             self.tally["refused"] += 1
+            self.tally["ended in the waiting room"] += isinstance(refusal, DeadlineExceeded | Cancelled)
             self.ends.append(refusal)
 
     def _see(self, event: Event) -> None:

@@ -9,9 +9,11 @@ from functools import partial
 from itertools import repeat
 from typing import Any
 
+import clocks
 import pytest
 import simulation
 import test_checks
+import test_crowding
 import test_rules as cycle_rules
 import test_rules_of_ends as end_rules
 import test_rules_of_faults as fault_rules
@@ -22,13 +24,14 @@ from anyio.lowlevel import checkpoint
 from clients import Luck
 from fakes import VirtualWorker
 
-from ralmspec.pipeline import Limits, NotServing, SessionStream, runner
+from ralmspec.pipeline import Limits, NotServing, SessionStream, Synchronous, runner
 from ralmspec.pipeline.runner import Runner
 from ralmspec.pipeline.watchdog import Watchdog
-from ralmspec.stages import cycle, switch
+from ralmspec.stages import cycle, generate, switch
 from ralmspec.stages.checks import Checks
 from ralmspec.stages.generate import Generate
 from ralmspec.stages.in_context import BoundInContext
+from ralmspec.stages.load import Load
 from ralmspec.stages.lookup import Lookup
 from ralmspec.stages.messages import Check, Done, Place, Verdict
 from ralmspec.stages.prefetch import Prefetch
@@ -85,12 +88,6 @@ def instead(owner: Any, name: str, value: Any, raising: bool = True) -> Callable
 
 
 # R1, R2 ----------------------------------------------------------------------------------------------------------
-
-
-def admits_unchecked(admit: Any, self: Runner, request: Any) -> Any:
-    with Patch.context() as patch:
-        patch.setattr(self, "refuse_if_closed", nothing)
-        return admit(self, request)
 
 
 async def waits_after_registering(enter: Any, self: SessionStream) -> Any:
@@ -321,10 +318,20 @@ def commits_unverified(commit: Any, self: Session) -> None:
     commit(self)
 
 
+def is_never_stuck(outlook: Any, self: Session) -> Any:
+    seen = outlook(self)
+    return replace(seen, stuck=False) if self.load.crowded else seen
+
+
 def ends_with_a_draft(decoded: Any, self: Session, *arguments: Any) -> None:
     decoded(self, *arguments)
     if self._ended:
         self.finish(Status.DONE)
+
+
+def in_virtual_time(test: Callable[..., Any], *arguments: Any) -> Notice:
+    """A test that is a coroutine."""
+    return partial(clocks.run, partial(test, *arguments))
 
 
 R = cycle_rules
@@ -332,8 +339,6 @@ E = end_rules
 F = fault_rules
 T = time_rules
 MUTANTS = [
-    Mutant("R1", "the slot is taken unchecked", around(Runner, "admit", admits_unchecked),
-           R.test_r1_admission_never_exceeds_the_slots),
     Mutant("R1", "a wait after registering", around(SessionStream, "__aenter__", waits_after_registering),
            R.test_r1_a_slot_is_taken_in_one_go_or_not_at_all),
     Mutant("R1", "registered without a turn", around(Switch, "register", registers_without_a_turn),
@@ -393,6 +398,18 @@ MUTANTS = [
            E.test_r8_a_reader_that_stays_away_pauses_its_own_session_only),
     Mutant("R8", "reading wakes nobody", around(Sink, "get", reads_without_waking),
            E.test_r8_one_event_at_a_time_is_enough),
+    Mutant("load", "drafts go before certain steps",
+           around(Generate, "_is_draft", lambda is_draft, self, turn: not is_draft(self, turn)),
+           in_virtual_time(test_crowding.test_certain_steps_go_first_and_drafts_get_what_is_left)),
+    Mutant("load", "drafts stay in a crowd", instead(generate, "send_home", nothing),
+           in_virtual_time(test_crowding.test_where_certain_steps_fill_a_pass_drafts_go_home_without_one)),
+    Mutant("load", "drafts that stay in a crowd never come home", instead(generate, "send_home", nothing), schedules),
+    Mutant("load", "always a crowd", instead(Load, "crowded", property(lambda self: True, nothing)),
+           in_virtual_time(test_crowding.test_idle_time_is_used_all_the_same, Synchronous(speculation_stride=4))),
+    Mutant("load", "never a crowd", instead(Load, "crowded", property(lambda self: False, nothing)),
+           in_virtual_time(test_crowding.test_where_no_guess_is_right_a_crowd_loses_next_to_nothing,
+                           Synchronous(speculation_stride=4), 8)),
+    Mutant("load", "in a crowd checks wait for a full stride", around(Session, "_outlook", is_never_stuck), schedules),
     Mutant("R8", "one reader pauses all", one_blocks_all,
            E.test_r8_a_reader_that_stays_away_pauses_its_own_session_only),
     Mutant("R8", "what output stages took stays unread", instead(Switch, "picked_up", nothing), schedules),

