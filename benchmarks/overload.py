@@ -183,7 +183,7 @@ def main(
         facts = made.environment
         head = f"{facts['retriever']}; {slots} slots, {waiting} may wait. {facts['date']}, {facts['machine']}."
         out.with_suffix(".md").write_text(f"{head}\n\n{said}\n")
-        everything = asdict(replace(found, made=made.model_dump(mode="json")))  # type: ignore[arg-type]
+        everything = asdict(found) | {"made": made.model_dump(mode="json")}
         out.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
         plot(found, out.with_suffix(".svg"), f"a surge of {SURGE:g} times the peak for {seconds:g} s")
 

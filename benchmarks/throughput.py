@@ -244,7 +244,7 @@ def main(
         head = f"{'SIMULATED engine. ' if simulate else ''}{facts['retriever']}. {seconds:g} s each, at most "
         head += f"{max_new_tokens} tokens. {facts['date']}, {facts['machine']}, load average {facts['load_average']}."
         out.with_suffix(".md").write_text("\n".join([head, "", *markdown(phases, levels)]) + "\n")
-        rows = [asdict(replace(level, made=level.made.model_dump(mode="json"))) for level in levels]  # type: ignore[arg-type]
+        rows = [asdict(level) | {"made": level.made.model_dump(mode="json")} for level in levels]
         everything = {"environment": facts, "phases": [asdict(each) for each in phases], "levels": rows}
         out.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
         plot(levels, out.with_suffix(".svg"), "simulated engine" if simulate else Path(model).name)
