@@ -108,7 +108,7 @@ class Generate(CycleStage[Pass, Decoded]):
 
     def bear(self, session: Session, work: Pass, fault: Exception) -> None:
         """A draft that cannot be written is given up; under what is known to be right, it is the session's end."""
-        if not session.give_up_draft(work):
+        if not session.give_up_draft():
             raise fault
 
     def _choose(self, made: Pass, frontier: Frontier) -> int:

@@ -250,12 +250,11 @@ class Session:
             self._emit(Drafted(session=self.id, text=text, token=token, step=step.index, document=document))
         self._commit()
 
-    def give_up_draft(self, made: Pass) -> bool:
+    def give_up_draft(self) -> bool:
         """A pass has failed: whether it wrote under a guess, so that the session can go on after the verdict."""
-        step = self.steps[-1] if self.steps else None
-        if step is None or step.index != made.step or step.certain:
+        if not self.drafts:
             return False
-        step.barred = True
+        self.steps[-1].barred = True
         return True
 
     # Verify --------------------------------------------------------------------------------------------------------

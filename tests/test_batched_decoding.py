@@ -14,7 +14,7 @@ from ralmspec.stages import checkpoint as checkpoints
 from ralmspec.stages.checkpoint import FAMILIES
 from ralmspec.stages.errors import ModelFailed
 from ralmspec.stages.kv_slots import BLOCK, KvLayout
-from ralmspec.stages.model import Prefix, read_to_end
+from ralmspec.stages.model import Frontier, Prefix, read_to_end
 from ralmspec.stages.transformers_model import TransformersModel
 
 random = np.random.default_rng(11)
@@ -38,9 +38,9 @@ def prefixes(*sequences, first=1):
 
 
 def alone(model, tokens):
-    """Computed by itself, from the first token."""
-    model.forget(-1)
-    return read_to_end(model, Prefix(session=-1, tokens=np.asarray(tokens)))
+    """Computed by itself, from the first token, by PyTorch's own attention and without any memory."""
+    logits, keys = model.evaluate(np.asarray(tokens)[None])
+    return Frontier(logits[0, -1], keys[0, -1])
 
 
 def same(frontier, expected):
@@ -110,7 +110,7 @@ def test_going_back_in_the_middle_of_reading(load):
     assert model.prefilled_tokens == 64 + len(changed) - 40
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=6), st.integers(6, 128), st.integers(0, 2**32 - 1))
 def test_whatever_shares_a_pass(load, lengths, pass_tokens, seed):
     draw = np.random.default_rng(seed)
@@ -149,6 +149,14 @@ def test_one_sessions_bad_numbers_are_its_own_fault(load):
     before = model.prefilled_tokens
     same(model.forward(prefixes([*A, 5, 6], [*B, 6]))[1], alone(other, [*B, 6]))
     assert model.prefilled_tokens - before == 1 + 91, "what the bad pass left is not built on"
+    for session in (1, 2, 3):
+        model.forget(session)
+    assert model.kv_bytes() == 0
+
+
+def test_a_frontier_that_is_kept_does_not_keep_those_of_the_whole_pass(load):
+    for frontier in load().forward(prefixes(A, B)):
+        assert frontier.logits.base is None and frontier.key.base is None
 
 
 def test_a_pass_that_raises_drops_the_slots_of_all_in_it(load):
@@ -177,7 +185,7 @@ def test_memory_stays_within_its_budget_and_second_slots_go_first(load):
     room = 512 * TOKEN_BYTES
     model = load("llama", "float32", kv_bytes=room)
     assert model.kv_tokens == 512
-    model.forward(prefixes(B, B[::-1].copy()))  # sessions 1 and 2, each with a slot of 128
+    model.forward(prefixes(B, B[::-1].copy())[::-1])  # sessions 2 and then 1, each with a slot of 128
     model.forward(prefixes(A))  # a second slot of session 1, of 192
     assert model.kv_bytes() == (128 + 128 + 192) * TOKEN_BYTES
     model.forward([Prefix(session=3, tokens=C)])

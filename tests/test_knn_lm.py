@@ -1,5 +1,6 @@
 """KNN-LM as a workload: a plain sequential loop's tokens in every arrangement, and how it comes by them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ from ralmspec.pipeline import (
     Sequential,
     Synchronous,
 )
-from ralmspec.stages.messages import Check
+from ralmspec.stages.generate import Generate
+from ralmspec.stages.load import Load
+from ralmspec.stages.messages import Check, Decoded, Pass
 from ralmspec.stages.model import Frontier
 from ralmspec.stages.request import Request
 
@@ -67,6 +70,18 @@ async def test_same_tokens_and_entries(arrangement: Arrangement, retriever: type
                 assert [step.document.id for step in answer.steps] == nearest
                 assert all(len(step.tokens) == 1 for step in answer.steps)
             assert pipeline.live_sessions == 0
+
+
+def test_what_is_known_is_kept_while_a_prefix_is_read_in_parts() -> None:
+    known = Frontier(np.zeros(3))
+    model: Any = SimpleNamespace(max_batch=1, forward=lambda prefixes: [None for _ in prefixes])
+    workload: Any = SimpleNamespace(prefix=lambda context, retrieved: np.array(context), asks_with_frontier=True)
+    stage = Generate({}, model, workload, None, lambda: 0.0, load=Load())  # type: ignore[arg-type]
+    stage._choose = lambda made, frontier: 1  # type: ignore[method-assign]
+    request: Any = Request(prompt=(1,), max_new_tokens=9)
+    made = Pass(session=1, epoch=0, step=0, position=0, context=(1,), retrieved=None, frontier=known, request=request)
+    (outcome,) = stage.work([made])
+    assert isinstance(outcome, Decoded) and outcome.token is None and outcome.frontier is known
 
 
 async def test_a_rollback_repeats_no_forward_pass() -> None:
