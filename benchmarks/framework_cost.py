@@ -45,7 +45,7 @@ from ralmspec.pipeline.reports import environment
 from ralmspec.retrievers.base import Ids, Scores
 from ralmspec.retrievers.questions import QuestionFolder
 from ralmspec.retrievers.ranking import rank
-from ralmspec.stages.model import Frontier, LanguageModel, Prefix
+from ralmspec.stages.model import Frontier, LanguageModel, Prefix, Tokens, token_by_token
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 STEP_MS, PASS_MS = 0.5, 0.15  # the promise
@@ -114,10 +114,13 @@ class InstantModel:
 
     def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier]:
         """The next number."""
-        return [self._frontiers[(int(prefix.tokens[-1]) + 1) % NUMBERS] for prefix in prefixes]
+        return [token_by_token(prefix, self._frontier) for prefix in prefixes]
 
     def forget(self, session: int) -> None:
         """Nothing is kept."""
+
+    def _frontier(self, tokens: Tokens) -> Frontier:
+        return self._frontiers[(int(tokens[-1]) + 1) % NUMBERS]
 
 
 class InstantRetriever:

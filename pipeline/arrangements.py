@@ -13,7 +13,7 @@ section 2). Continuous serving has no rounds.
                                                                      them wait, or nothing else can be done
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ralmspec.stages.arrangement import Arrangement, Outlook
 from ralmspec.stages.stride import OS3, FixedStride, PacedStride, Stride, StrideSettings
@@ -24,6 +24,8 @@ class Sequential:
     """RaLMSeq, the baseline and the oracle: retrieve, decode, retrieve, decode."""
 
     guesses = False
+    asks_drafter = False
+    token_check = False
     prefetch = 1
     window = 1
     flights = 1
@@ -47,6 +49,8 @@ class Synchronous:
 
     speculation_stride: StrideSettings | int = field(default_factory=OS3)
     prefetch: int = 20
+    token_check: bool = False
+    asks_drafter: bool = True
     guesses = True
     flights = 1
 
@@ -104,6 +108,8 @@ class Continuous:
     window: int = 64
     flights: int = 1
     prefetch: int = 20
+    token_check: bool = True
+    asks_drafter: bool = True
     guesses = True
 
     def __post_init__(self) -> None:
@@ -132,7 +138,7 @@ def published(prefetch: int = 20) -> dict[str, Arrangement]:
 
     def made(*, p: bool = False, s: bool = False, a: bool = False) -> Arrangement:
         kind = Asynchronous if a else Synchronous
-        return kind(speculation_stride=OS3() if s else 3, prefetch=prefetch if p else 1)
+        return kind(speculation_stride=OS3() if s else 3, prefetch=prefetch if p else 1, asks_drafter=False)
 
     return {
         "RaLMSeq": Sequential(),
@@ -156,6 +162,26 @@ def by_stride(prefetch: int = 20, flights: int = 1) -> dict[str, Arrangement]:
         **{name: Synchronous(speculation_stride=stride, prefetch=prefetch) for name, stride in strides.items()},
         **{f"{n} +A": Asynchronous(speculation_stride=stride, prefetch=prefetch) for n, stride in strides.items()},
         "continuous": Continuous(prefetch=prefetch, flights=flights),
+    }
+
+
+def beyond(prefetch: int = 256) -> dict[str, Arrangement]:
+    """What goes beyond the paper: all of it together, each part added to +PSA, and all but each.
+
+    T: token check, D: drafter, W: wide prefetch, N: decoding never waits.
+    """
+    psa = Asynchronous(asks_drafter=False)
+    every = Continuous(prefetch=prefetch)
+    return {
+        "continuous": every,
+        "+PSA+T": replace(psa, token_check=True),
+        "+PSA+D": replace(psa, asks_drafter=True),
+        "+PSA+W": replace(psa, prefetch=prefetch),
+        "+PSA+N": Continuous(token_check=False, asks_drafter=False),
+        "continuous-T": replace(every, token_check=False),
+        "continuous-D": replace(every, asks_drafter=False),
+        "continuous-W": replace(every, prefetch=psa.prefetch),
+        "continuous-N": Asynchronous(prefetch=prefetch, token_check=True),
     }
 
 

@@ -69,6 +69,7 @@ def answered(
         pipeline = Pipeline(
             model=engine.model,
             retriever=engine.retriever,
+            drafter=engine.drafter,
             workload=engine.workload,
             speculation=arrangement,
             limits=engine.limits,

@@ -10,7 +10,7 @@ from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.sampling import Sampling
 
 from . import chrome_trace, compare, terminal
-from .arrangements import MAIN_TABLE, published
+from .arrangements import MAIN_TABLE, beyond, published
 from .engine import Engine, EngineOptions
 from .options import (
     JsonOption,
@@ -35,7 +35,10 @@ def compare_command(
     prefetch: Annotated[
         int, typer.Option(min=1, help="Documents that a search brings in the arrangements with P.")
     ] = 20,
-    only: Annotated[str, typer.Option(help="Arrangements beside RaLMSeq, with commas; +PS, +SA, +PA too.")] = "",
+    only: Annotated[
+        str,
+        typer.Option(help="Arrangements beside RaLMSeq, with commas; +PS, +SA, +PA, +PSA+T, continuous-T... too."),
+    ] = "",
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
     json: JsonOption = None,
@@ -43,7 +46,7 @@ def compare_command(
         Path | None, typer.Option(help="Write Chrome trace JSON of the first question, for Perfetto.")
     ] = None,
 ) -> None:
-    """Serve the same questions with RaLMSeq and the paper's arrangements, and compare.
+    """Serve the same questions with RaLMSeq, the paper's arrangements and ours ('continuous'), and compare.
 
     Paired and interleaved; every output is compared with RaLMSeq's, and an unexplained difference makes the command
     fail. speed-up: ratio of mean latencies. F_ideal: share of the time that a retriever without cost would take.
@@ -53,7 +56,7 @@ def compare_command(
     compared(
         lambda: load(engine_options),
         questions_as_typed(sets, questions),
-        chosen_from(published(prefetch), only, MAIN_TABLE),
+        chosen_from(published(prefetch) | beyond(), only, (*MAIN_TABLE, "continuous")),
         Sampling(temperature=temperature, seed=seed),
         max_new_tokens=max_new_tokens,
         json=json,

@@ -1,6 +1,7 @@
 """`ralmspec verify-lossless`: every arrangement gives RaLMSeq's tokens, shown on real questions."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,9 @@ from .options import (
 from .reports import environment
 from .terminal import load, out, questions_as_typed, run
 
+_continuous = partial(Continuous, flights=2)
+_checking = partial(Synchronous, speculation_stride=8, token_check=True)
+
 
 @with_options(EngineOptions)
 def verify_command(
@@ -40,9 +44,10 @@ def verify_command(
 ) -> None:
     """Show that every arrangement gives RaLMSeq's tokens and documents, on real questions.
 
-    Runs strides × prefetch widths × asynchronous on and off, and 'continuous' with two batches in flight. With --dtype
-    float64 every output must be identical; with float32 and below a difference must start at a logged near-tie of the
-    model's scores. Exits with an error otherwise.
+    Runs strides × prefetch widths × asynchronous on and off, 'continuous' with two batches in flight, and synchronous
+    verification with the token check; with --drafter, all of them guess with it. With --dtype float64 every output must
+    be identical; with float32 and below a difference must start at a logged near-tie of the model's scores. Exits with
+    an error otherwise.
     """
     arrangements: dict[str, Arrangement] = {
         f"{'async' if kind is Asynchronous else 'sync'} s={stride.strip()} P={width.strip()}": kind(
@@ -52,7 +57,8 @@ def verify_command(
         for stride in strides.split(",")
         for width in prefetches.split(",")
     } | {
-        f"continuous P={width.strip()}": Continuous(prefetch=terminal.number(width, "--prefetches"), flights=2)
+        f"{name} P={width.strip()}": made(prefetch=terminal.number(width, "--prefetches"))
+        for name, made in (("continuous", _continuous), ("sync s=8 token check", _checking))
         for width in prefetches.split(",")
     }
 

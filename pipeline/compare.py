@@ -59,6 +59,7 @@ async def run(
         name: Pipeline(
             model=engine.model,
             retriever=engine.retriever,
+            drafter=engine.drafter,
             workload=workload,
             speculation=arrangement,
             limits=engine.limits,
@@ -148,6 +149,9 @@ def row(
         f_ideal=float((steps * a).sum() / latency.sum()),
         f_miss=float(best.sum() / latency.sum()),
         gamma=sum(s.matched for s in mine) / checked if checked else None,
+        cache_hits=sum(s.matched - s.matched_by_drafter for s in mine),
+        drafter_hits=sum(s.matched_by_drafter for s in mine),
+        saved=sum(s.saved for s in mine),
         rollbacks=sum(s.rollbacks for s in mine),
         kb_calls=sum(s.kb_calls for s in mine),
         kb_queries=sum(s.kb_queries for s in mine),

@@ -1,7 +1,7 @@
 """What the command line needs to serve: a model, a knowledge base and a workload, opened from paths."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,13 +62,15 @@ class SearchingOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingOptions(SearchingOptions):
     """The same, to serve sessions: how many share a forward pass, MiB for their keys and values (0 for the model's
-    default), a set latency of the retriever, if any, and the size of a session's cache."""
+    default), a set latency of the retriever, if any, the size of a session's cache, and the kind of index that guesses
+    beside the caches, if any."""
 
     max_batch: int = 16
     kv_mib: int = 0
     retriever_latency: float = 0.0
     retriever_concurrency: int = 1
     cached_documents: int = Limits().cached_documents
+    drafter: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +90,8 @@ class EngineOptions(ServingOptions):
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A loaded model, knowledge base and workload. `index` is the retriever without its set latency."""
+    """A loaded model, knowledge base and workload. `index` is the retriever without its set latency, `drafter` what
+    guesses beside the caches, if anything does."""
 
     options: ServingOptions
     model: LanguageModel
@@ -96,6 +99,7 @@ class Engine:
     index: Retriever
     workload: Workload
     questions: QuestionFolder | None = None
+    drafter: Retriever | None = None
 
     @property
     def limits(self) -> Limits:
@@ -112,9 +116,10 @@ def open_engine(options: EngineOptions) -> Engine:
     """Load everything; blocking, some seconds. Raises `BadModel`, `BadKnowledge` or `MissingExtra`, naming the file."""
     options.threads.apply()
     index = _from_index(options, options.index) if options.index else _from_data(options, options.data)
+    drafter = _drafter(options) if options.drafter else None
     model = load_model(options)
     questions = QuestionFolder(options.data) if options.data else None
-    return Engine(options, model, delayed(index, options), index, InContext(), questions)
+    return Engine(options, model, delayed(index, options), index, InContext(), questions, drafter)
 
 
 def load_model(options: ServingOptions) -> "TransformersModel":
@@ -158,6 +163,15 @@ def _from_index(options: EngineOptions, folder: Path) -> Retriever:
         raise BadKnowledge("an index cannot be padded: use --pad-to with --data alone")
     encoder = open_encoder(options.encoder, device=options.device) if options.encoder else None
     return open_index(folder, options.retriever, options.search(), encoder=encoder, device=options.device)
+
+
+def _drafter(options: EngineOptions) -> Retriever:
+    if options.index is None:
+        raise BadKnowledge(
+            f"the drafter {options.drafter!r} is another kind of an index folder: build one with both kinds "
+            "(`ralmspec index build PASSAGES DIR --kinds exact,hnsw`) and give it as --index"
+        )
+    return _from_index(replace(options, retriever=options.drafter), options.index)
 
 
 def _from_data(options: EngineOptions, folder: Path | None) -> Retriever:

@@ -44,4 +44,7 @@ def open_knn_engine(options: KnnOptions, *, documents: int = 0, max_prompt_token
         max_prompt_tokens=max_prompt_tokens,
     )
     workload.bind(model, index)  # says now what does not fit
-    return Engine(options, model, delayed(index, options), index, workload)
+    drafter = None
+    if options.drafter:
+        drafter = datastore.retriever(options.drafter, options.search(documents=options.top_k))
+    return Engine(options, model, delayed(index, options), index, workload, drafter=drafter)

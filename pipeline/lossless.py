@@ -59,6 +59,7 @@ async def verify(
         return Pipeline(
             model=engine.model,
             retriever=engine.retriever,
+            drafter=engine.drafter,
             workload=workload,
             speculation=arrangement,
             limits=engine.limits,

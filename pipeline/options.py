@@ -26,6 +26,10 @@ _OPTIONS: dict[str, Any] = {
     ),
     "index": typer.Option(help="An index folder, made by `ralmspec index build`.", show_default=False),
     "retriever": typer.Option(help="How the index is searched: exact, hnsw, ivf, bm25 or lucene."),
+    "drafter": typer.Option(
+        help="Another kind of the same index that guesses beside the sessions' caches: hnsw or ivf where --retriever "
+        "is exact."
+    ),
     "memory": typer.Option(
         help="Vectors of an index: left in their file, copied to memory as they are, or copied as float32."
     ),

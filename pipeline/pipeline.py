@@ -32,9 +32,10 @@ class Pipeline(AsyncContextManagerMixin):
             answer = await pipeline.complete("who plays ken barlow in coronation street?")
 
     Runs on asyncio and trio, inside whatever program is there already. `speculation` is one of the arrangements
-    (`Sequential`, `Synchronous`, `Asynchronous`, `Continuous`); all give the same tokens. `output` are stages that
-    every event passes on its way to the caller. Leaving the block drains: sessions that are live may end within
-    `limits.drain_s`, then the rest is ended with `NotServing`. If a stage died, leaving raises `EngineDead`.
+    (`Sequential`, `Synchronous`, `Asynchronous`, `Continuous`); all give the same tokens. `drafter` is a faster index
+    over the same documents, which guesses beside the session's cache: HNSW where `retriever` is exact. `output` are
+    stages that every event passes on its way to the caller. Leaving the block drains: sessions that are live may end
+    within `limits.drain_s`, then the rest is ended with `NotServing`. If a stage died, leaving raises `EngineDead`.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Pipeline(AsyncContextManagerMixin):
         retriever: Retriever,
         workload: Workload | None = None,
         speculation: Arrangement | None = None,
+        drafter: Retriever | None = None,
         output: Sequence[Stage[Event, Event]] = (),
         limits: Limits | None = None,
         worker: Callable[[str, int], Worker] | None = None,
@@ -52,6 +54,12 @@ class Pipeline(AsyncContextManagerMixin):
         self.retriever = retriever
         self.limits = limits or Limits()
         self.speculation = speculation or Asynchronous()
+        if drafter is not None and len(drafter) != len(retriever):
+            raise ValueError(
+                f"the drafter searches {len(drafter):,} documents, the retriever {len(retriever):,}: "
+                "they must be the same ones"
+            )
+        self._drafter = drafter
         self._workload = (workload or InContext()).bind(model, retriever)
         self._output = tuple(output)
         self._worker = worker or ThreadWorker
@@ -63,6 +71,7 @@ class Pipeline(AsyncContextManagerMixin):
         self._runner = Runner(
             model=self.model,
             retriever=self.retriever,
+            drafter=self._drafter,
             workload=self._workload,
             arrangement=self.speculation,
             output=self._output,

@@ -29,6 +29,12 @@ class Row(BaseModel):
     """T* / T: what waiting only for the first retrieval and real misses would leave of the time."""
     gamma: float | None
     """Share of judged guesses that were right; None where nothing was guessed."""
+    cache_hits: int
+    """Right guesses of the sessions' caches."""
+    drafter_hits: int
+    """Right guesses of the drafter, where the cache alone had no or another document."""
+    saved: int
+    """Steps written under other documents than the true ones, whose tokens stood all the same."""
     rollbacks: int
     kb_calls: int
     kb_queries: int

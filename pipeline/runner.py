@@ -47,6 +47,7 @@ class Runner:
         *,
         model: LanguageModel,
         retriever: Retriever,
+        drafter: Retriever | None,
         workload: BoundWorkload,
         arrangement: Arrangement,
         output: Sequence[Stage[Event, Event]],
@@ -89,7 +90,7 @@ class Runner:
         live, now, workers = OnTime(self.switch.live, self._fail), anyio.current_time, self._workers
         k = max(arrangement.prefetch, workload.top_k)
         cycle: dict[Place, Stage[Turn, Session]] = {
-            Place.LOOKUP: Lookup(live, retriever, workload, workers["encoder"], now),
+            Place.LOOKUP: Lookup(live, retriever, workload, workers["encoder"], now, drafter=drafter),
             Place.GENERATE: Generate(live, model, workload, workers["model"], now, load=self._load),
             Place.VERIFY: Verify(live, retriever, workload, workers["index"], now, k=k),
             Place.PREFETCH: Prefetch(live, retriever, workers["prefetch"], now),

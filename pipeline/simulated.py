@@ -12,7 +12,7 @@ from ralmspec.retrievers.base import Document, Ids, Query, Ranking, Scores
 from ralmspec.retrievers.ranking import rank
 from ralmspec.stages.in_context import InContext
 from ralmspec.stages.messages import Committed, Source
-from ralmspec.stages.model import Frontier, Prefix, Tokens
+from ralmspec.stages.model import Frontier, Prefix, Tokens, token_by_token
 from ralmspec.stages.sampling import Sampling
 from ralmspec.stages.statistics import Statistics
 from ralmspec.stages.workload import Workload
@@ -63,10 +63,13 @@ class SimulatedModel:
     def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier | Exception | None]:
         """What comes next, for certain."""
         _sleep(self.pass_s + self.session_s * (len(prefixes) - 1))
-        return [self._frontiers[_next(prefix.tokens)] for prefix in prefixes]
+        return [token_by_token(prefix, self._frontier) for prefix in prefixes]
 
     def forget(self, session: int) -> None:
         """Nothing is kept."""
+
+    def _frontier(self, tokens: Tokens) -> Frontier:
+        return self._frontiers[_next(tokens)]
 
 
 class SimulatedRetriever:

@@ -46,6 +46,17 @@ class Arrangement(Protocol):
         """Batches of checks that a session may have in flight at once."""
         ...
 
+    @property
+    def asks_drafter(self) -> bool:
+        """Whether Lookup also guesses with the drafter, where the pipeline has one."""
+        ...
+
+    @property
+    def token_check(self) -> bool:
+        """Whether tokens written under documents that turn out not to be the true ones are first put to the model under
+        those: what it would have written too stands, and if that is all, everything drafted after it does."""
+        ...
+
     def stride(self) -> Stride:
         """The stride scheduler for a new session."""
         ...

@@ -66,13 +66,14 @@ class Generate(CycleStage[Pass, Decoded]):
             try:
                 context = made.context
                 if made.frontier is not None:
-                    chosen[place] = token = self._choose(made, made.frontier)
+                    chosen[place] = token = self._choose(made, made.frontier, made.position)
                     if made.request.ends(token, made.position):
-                        outcomes[place] = Decoded(token, None)
+                        outcomes[place] = Decoded((token,), None)
                         continue
                     context = (*context, token)
-                tokens = self._workload.prefix(context, made.retrieved)
-                prefixes[place] = Prefix(session=made.session, tokens=tokens)
+                proposed = made.proposed or ()
+                tokens = self._workload.prefix((*context, *proposed), made.retrieved)
+                prefixes[place] = Prefix(session=made.session, tokens=tokens, proposed=len(proposed))
             except Exception as error:
                 outcomes[place] = error
         try:
@@ -91,11 +92,11 @@ class Generate(CycleStage[Pass, Decoded]):
                 if frontier is not None and frontier.logits.ndim != 1:
                     raise ModelFailed(f"logits of one prefix are a row, not an array of shape {frontier.logits.shape}")
                 if frontier is None:  # a part was read; the next turn goes on from what is known now
-                    outcomes[place] = Decoded(None, made.frontier)
+                    outcomes[place] = Decoded((), made.frontier)
                 elif self._workload.asks_with_frontier:
-                    outcomes[place] = Decoded(chosen.get(place), frontier)
+                    outcomes[place] = Decoded((chosen[place],) if place in chosen else (), frontier)
                 else:
-                    outcomes[place] = Decoded(self._choose(made, frontier), None)
+                    outcomes[place] = Decoded(self._say(made, frontier), None)
             except Exception as error:
                 outcomes[place] = error
         return [outcomes[place] for place in range(len(batch))]
@@ -108,9 +109,18 @@ class Generate(CycleStage[Pass, Decoded]):
 
     def bear(self, session: Session, work: Pass, fault: Exception) -> None:
         """A draft that cannot be written is given up; under what is known to be right, it is the session's end."""
-        if not session.give_up_draft():
+        if not session.give_up_draft(work):
             raise fault
 
-    def _choose(self, made: Pass, frontier: Frontier) -> int:
+    def _say(self, made: Pass, frontier: Frontier) -> tuple[int, ...]:
+        """The token for the place of each that was proposed, and the one behind them."""
+        expected = len(made.proposed or ())
+        rows = () if frontier.proposed is None else frontier.proposed
+        if len(rows) != expected:
+            raise ModelFailed(f"{expected} tokens were proposed, the frontier tells of {len(rows)}")
+        said = [self._choose(made, Frontier(row), made.position + n) for n, row in enumerate(rows)]
+        return (*said, self._choose(made, frontier, made.position + expected))
+
+    def _choose(self, made: Pass, frontier: Frontier, position: int) -> int:
         assert made.retrieved is not None, "a token is chosen under documents"
-        return made.request.sampling.pick(self._workload.logits(frontier, made.retrieved), made.position)
+        return made.request.sampling.pick(self._workload.logits(frontier, made.retrieved), position)

@@ -81,8 +81,8 @@ class KvSlots:
         self._bytes = 0
         self._uses = 0
 
-    def take(self, session: int, tokens: Tokens) -> Slot:
-        """A slot that holds the first tokens of `tokens`, as many as are known, but never all of them."""
+    def take(self, session: int, tokens: Tokens, proposed: int = 0) -> Slot:
+        """A slot that holds the first tokens of `tokens`, as many as are known, but at most n - 1 - `proposed`."""
         with self._lock:
             slots = self._held.get(session, [])
             shared = [_shared(slot.tokens, tokens) for slot in slots]
@@ -92,8 +92,8 @@ class KvSlots:
                     return Slot(self.layout.allocate(0))
                 chosen = 0
             slot = slots.pop(chosen)
-        # The last token's logits are wanted, so it is always forwarded.
-        slot.tokens = tokens[: min(shared[chosen], len(tokens) - 1)]
+        # What comes after the last tokens is wanted, so they are always forwarded.
+        slot.tokens = tokens[: min(shared[chosen], len(tokens) - 1 - proposed)]
         return slot
 
     def grow(self, slot: Slot, length: int) -> None:

@@ -1,11 +1,18 @@
-"""Lookup: forms the next query of a session, has it encoded once, and guesses its document from the session's cache."""
+"""Lookup: forms the next query of a session, has it encoded once, and guesses its documents.
+
+Guesses come from the session's cache, and from a drafter, if there is one: another, faster index over the same
+documents. The knowledge base's own scores decide between the two.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from ralmspec.retrievers.base import Query, Ranking, Retriever
 from ralmspec.retrievers.cache import SessionCache
 from ralmspec.retrievers.errors import RetrieverFailed
+from ralmspec.retrievers.ranking import rank
 
 from .cycle import CycleStage
 from .messages import Turn
@@ -17,22 +24,25 @@ from .workload import BoundWorkload
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Question:
-    """A query, and the cache to guess its documents from, if there is one."""
+    """A query, and the cache to guess its documents from, if there is one; whether the drafter is to be asked too."""
 
     query: Query
     cache: SessionCache | None
+    drafter: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Looked:
-    """The query, encoded, and the guess, if there was anything to guess from."""
+    """The query, encoded, and the guess, if there was anything to guess from; whether its first document is one that
+    the cache did not have."""
 
     query: Query
     guess: Ranking | None
+    drafted: bool = False
 
 
 class Lookup(CycleStage[Question, Looked]):
-    """Begins steps. One encoder call serves every session whose turn it is."""
+    """Begins steps. One encoder call, and one search of the drafter, serve every session whose turn it is."""
 
     def __init__(
         self,
@@ -41,18 +51,26 @@ class Lookup(CycleStage[Question, Looked]):
         workload: BoundWorkload,
         worker: Worker,
         now: Callable[[], float],
+        *,
+        drafter: Retriever | None = None,
     ) -> None:
         super().__init__(sessions, worker, now)
         self._retriever = retriever
         self._workload = workload
+        self._drafter = drafter
 
     def take(self, session: Session, turn: Turn) -> Question | None:
         """The next step's query, as text or as a vector."""
-        return Question(session.question(), session.cache) if session.move is Move.LOOK else None
+        if session.move is not Move.LOOK:
+            return None
+        return Question(
+            session.question(), session.cache, self._drafter is not None and session.arrangement.asks_drafter
+        )
 
     def at_once(self, work: Question) -> Looked | None:
-        """A query that brings its vector along needs no encoder, and without a cache there is nothing to look up."""
-        return Looked(work.query, None) if work.query.vector is not None and work.cache is None else None
+        """A query that brings its vector along needs no encoder, and with nothing to guess from none is looked up."""
+        nothing_to_do = work.query.vector is not None and work.cache is None and not work.drafter
+        return Looked(work.query, None) if nothing_to_do else None
 
     def work(self, batch: list[Question]) -> list[Looked | Exception]:
         """Encode, then guess."""
@@ -64,17 +82,39 @@ class Lookup(CycleStage[Question, Looked]):
             raise
         except Exception as error:
             raise RetrieverFailed(f"encoding a query raised {type(error).__name__}: {error}") from error
-        return [self._guess(query, question.cache) for query, question in zip(queries, batch, strict=True)]
+        drafts = iter(self._draft([query for query, asked in zip(queries, batch, strict=True) if asked.drafter]))
+        return [
+            self._guess(query, question.cache, next(drafts) if question.drafter else None)
+            for query, question in zip(queries, batch, strict=True)
+        ]
 
-    def _guess(self, query: Query, cache: SessionCache | None) -> Looked | Exception:
+    def _draft(self, queries: list[Query]) -> list[Ranking]:
+        """What the drafter finds, one ranking a query."""
+        if self._drafter is None or not queries:
+            return []
         try:
-            return Looked(query, cache.best(query, self._workload.top_k) if cache is not None else None)
+            rankings = self._drafter.search(queries, self._workload.top_k)
+            if len(rankings) != len(queries):
+                raise RetrieverFailed(f"{len(queries)} queries were asked, {len(rankings)} rankings came back")
+        except Exception as error:
+            raise RetrieverFailed(f"the drafter's search raised {type(error).__name__}: {error}") from error
+        return rankings
+
+    def _guess(self, query: Query, cache: SessionCache | None, draft: Ranking | None) -> Looked | Exception:
+        top_k = self._workload.top_k
+        try:
+            guess = cache.best(query, top_k) if cache is not None else None
+            if draft is None:
+                return Looked(query, guess)
+            ids = draft.ids if guess is None else np.union1d(guess.ids, draft.ids)
+            best = rank(ids, self._retriever.score(query, self._retriever.rows(ids)), top_k)
+            return Looked(query, best, drafted=guess is None or best.ids[0] != guess.ids[0])
         except RetrieverFailed as error:
             return error
         except Exception as error:
-            return RetrieverFailed(f"scoring the cache raised {type(error).__name__}: {error}")
+            return RetrieverFailed(f"scoring guesses raised {type(error).__name__}: {error}")
 
     def give(self, session: Session, work: Question, result: Looked, turn: Turn, start: float) -> None:
-        """A step begins, under the cache's best guess if there is one."""
-        session.looked(turn.epoch, result.query, result.guess, self._now() - turn.issued)
+        """A step begins, under the best guess if there is one."""
+        session.looked(turn.epoch, result.query, result.guess, self._now() - turn.issued, drafted=result.drafted)
         session.span("lookup", start, epoch=turn.epoch)

@@ -60,6 +60,9 @@ class Pass(Message):
     `position` counts generated tokens from 0; `context` is the prompt and all that was generated before. Where queries
     need the frontier, `frontier` is that of the context, so the token is chosen first, and the pass brings the frontier
     behind it. Without a frontier and without documents the pass only reads: it brings the frontier of the context.
+
+    A pass for a step in doubt comes with what is `proposed`, drafted after `context` under other documents: it brings
+    the token for the place of each, and the one behind them.
     """
 
     step: int
@@ -68,13 +71,17 @@ class Pass(Message):
     retrieved: Ranking | None
     frontier: Frontier | None
     request: Request
+    proposed: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoded:
-    """What a forward pass brings: a token, or the frontier behind it, or both."""
+    """What a forward pass brings: a token, or the frontier behind it, or both; several tokens where some were proposed.
 
-    token: int | None
+    Of those, the ones up to the first that differs from its proposal count.
+    """
+
+    tokens: tuple[int, ...]
     frontier: Frontier | None
 
 

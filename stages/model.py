@@ -1,7 +1,7 @@
 """What a language model promises: a token prefix in, what it thinks of the next token out."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,11 +14,13 @@ Tokens = NDArray[np.int64]
 class Prefix:
     """All tokens before the one that is asked for: prompt and generated text, and what the workload puts before them.
 
-    `tokens` int64 [n], n ≥ 1. `session` only tells the model whose KV memory may be reused.
+    `tokens` int64 [n], n ≥ 1. `session` only tells the model whose KV memory may be reused. The last `proposed` tokens
+    are a proposal: what the model would have said in the place of each is wanted too. 0 ≤ proposed < n.
     """
 
     session: int
     tokens: Tokens
+    proposed: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,10 +30,13 @@ class Frontier:
     `logits` float32 or float64 [vocabulary] of the next token. `key`, where the model has one, is float32
     [key_dimension]: its hidden state at the prefix's last token as it enters the last feed-forward layer. The same
     prefix gives the same key up to the model's rounding, so it can be looked up in a datastore of such states.
+    `proposed`, where the prefix proposed p tokens, are the logits in the place of each of them, [p, vocabulary]: row i
+    is what came after the tokens before the i-th proposed one. None where none were proposed.
     """
 
     logits: NDArray[np.floating[Any]]
     key: NDArray[np.float32] | None = None
+    proposed: NDArray[np.floating[Any]] | None = None
 
 
 class LanguageModel(Protocol):
@@ -77,6 +82,7 @@ class LanguageModel(Protocol):
     def forward(self, prefixes: Sequence[Prefix]) -> Sequence[Frontier | Exception | None]:
         """One forward pass for up to `max_batch` sessions. For each prefix, in order: its frontier; or None where only
         a part of it was read so far, so ask again; or the fault of this one session. What is raised is all sessions'.
+        Every proposal is answered.
         """
         ...
 
@@ -97,6 +103,16 @@ class TellsStates(Protocol):
     def fingerprint(self) -> str:
         """A checksum of the model and its tokenizer: keys of models with the same one may be compared. Blocking."""
         ...
+
+
+def token_by_token(prefix: Prefix, know: Callable[[Tokens], Frontier]) -> Frontier:
+    """A frontier with its proposal answered, for a model that `know`s the frontiers of single prefixes."""
+    frontier = know(prefix.tokens)
+    if not prefix.proposed:
+        return frontier
+    n = len(prefix.tokens)
+    places = [know(prefix.tokens[:end]).logits for end in range(n - prefix.proposed, n)]
+    return replace(frontier, proposed=np.stack(places))
 
 
 def read_to_end(model: LanguageModel, prefix: Prefix) -> Frontier:

@@ -21,6 +21,11 @@ class Segment:
     count: int
     kept: int
 
+    @property
+    def end(self) -> int:
+        """How many of its tokens the slot has after the pass."""
+        return self.kept + self.count
+
 
 class PackedAttention:
     """Of one forward pass over a row [1, t] of segments, none padded, no mask between them needed.
@@ -41,14 +46,13 @@ class PackedAttention:
         grouped = key.shape[1] != query.shape[1]
         for number, segment in enumerate(self._segments):
             rows = slice(segment.start, segment.start + segment.count)
-            end = segment.kept + segment.count
             memory = segment.slot.memory[layer]
-            memory[0, :, segment.kept : end] = key[0, :, rows]
-            memory[1, :, segment.kept : end] = value[0, :, rows]
+            memory[0, :, segment.kept : segment.end] = key[0, :, rows]
+            memory[1, :, segment.kept : segment.end] = value[0, :, rows]
             seen[:, :, rows] = scaled_dot_product_attention(
                 query[:, :, rows],
-                memory[None, 0, :, :end],
-                memory[None, 1, :, :end],
+                memory[None, 0, :, : segment.end],
+                memory[None, 1, :, : segment.end],
                 attn_mask=self._mask(number, segment, query.device) if segment.count > 1 and segment.kept else None,
                 is_causal=segment.count > 1 and not segment.kept,
                 scale=scale,
@@ -61,8 +65,8 @@ class PackedAttention:
         import torch
 
         if number not in self._masks:
-            own = torch.arange(segment.kept, segment.kept + segment.count, device=device)
-            every = torch.arange(segment.kept + segment.count, device=device)
+            own = torch.arange(segment.kept, segment.end, device=device)
+            every = torch.arange(segment.end, device=device)
             self._masks[number] = every[None] <= own[:, None]
         return self._masks[number]
 

@@ -76,6 +76,8 @@ class Session:
         self._steps_begun = 0
         self._ended = False  # nothing is left to decode, if every draft stands
         self._decoded_s: list[float] = []  # what each step took that was completed since the last verification
+        self._guesses: list[bool] = []  # since then, of each guess that was judged, whether its tokens stand
+        self._verification_s = 0.0
         self._text = TextStream(render)
         self._emit = emit
         self._now = now
@@ -103,6 +105,8 @@ class Session:
         """What the session's turn should do now; None while only a verdict or the reader can bring it on."""
         if self.final or self.blocked_by_reader:
             return None
+        if self._doubted:
+            return Move.DECODE
         if not self.steps or self.steps[-1].complete:
             if self._ended or self._window_full:
                 return None
@@ -119,9 +123,14 @@ class Session:
         return not self.load.crowded and not self.steps[-1].barred
 
     @property
+    def _doubted(self) -> Step | None:
+        """The step in doubt. It is the oldest: those before it have been committed, and later verdicts wait for it."""
+        return self.steps[0] if self.steps and self.steps[0].doubted else None
+
+    @property
     def drafts(self) -> bool:
         """Whether its next token would be written under a guess."""
-        return bool(self.steps) and not self.steps[-1].certain
+        return bool(self.steps) and not self._doubted and not self.steps[-1].certain
 
     @property
     def checks_due(self) -> bool:
@@ -186,13 +195,23 @@ class Session:
         """The query of the next step; may raise what the workload raises."""
         return self.workload.query(self.context, self.frontier)
 
-    def looked(self, epoch: int, query: Query, guess: Ranking | None, seconds: float) -> None:
-        """A step begins: under the cache's best guess if there is one, and with its check queued."""
+    def looked(self, epoch: int, query: Query, guess: Ranking | None, seconds: float, *, drafted: bool = False) -> None:
+        """A step begins: under the best guess if there is one, and with its check queued. `drafted` tells a guess of
+        the drafter from one of the cache."""
         self.statistics.busy_s += seconds
         if self.is_stale(epoch):
             return
         index, start = self._steps_begun, len(self.context) - len(self.request.prompt)
-        self.steps.append(Step(index=index, start=start, retrieved=guess, frontier=self.frontier, busy_s=seconds))
+        self.steps.append(
+            Step(
+                index=index,
+                start=start,
+                retrieved=guess,
+                drafted=drafted,
+                frontier=self.frontier,
+                busy_s=seconds,
+            )
+        )
         check = Check(
             session=self.id,
             epoch=self.epoch,
@@ -213,48 +232,79 @@ class Session:
         """The next forward pass, or None where the turn's reason has gone meanwhile."""
         if self.move is not Move.DECODE:
             return None
-        newest = self.steps[-1] if self.steps and not self.steps[-1].complete else None
+        step = self.steps[-1] if self.steps and not self.steps[-1].complete else None
+        context, proposed = self.context, None
+        if doubted := self._doubted:
+            step, context = doubted, self.context[: len(self.request.prompt) + doubted.start]
+            proposed = tuple(doubted.tokens[:-1] if doubted.complete else doubted.tokens)  # one more is said than that
         return Pass(
             session=self.id,
             epoch=self.epoch,
-            step=newest.index if newest else self._steps_begun,
-            position=len(self.context) - len(self.request.prompt),
-            context=tuple(self.context),
-            retrieved=newest.retrieved if newest else None,
+            step=step.index if step else self._steps_begun,
+            position=len(context) - len(self.request.prompt),
+            context=tuple(context),
+            retrieved=step.retrieved if step else None,
             frontier=self.frontier,
             request=self.request,
+            proposed=proposed,
         )
 
     def decoded(self, made: Pass, brought: Decoded, seconds: float) -> None:
         """A pass has come home; a stale one is dropped, which is how a rollback interrupts a stride."""
         self.statistics.busy_s += seconds
-        token = brought.token
         if self.is_stale(made.epoch):
-            self.statistics.wasted_tokens += token is not None
+            self.statistics.wasted_tokens += len(brought.tokens)
             return
         self.frontier = brought.frontier
-        if token is None or made.retrieved is None:
+        if not brought.tokens or made.retrieved is None:
             return
-        step = self.steps[-1]
+        if made.proposed is not None:
+            self._resolve(brought.tokens, seconds)
+        else:
+            self._write(self.steps[-1], brought.tokens[0], made.retrieved, seconds)
+        self._commit()
+
+    def _write(self, step: Step, token: int, retrieved: Ranking, seconds: float) -> None:
+        """The newest step gets its next token."""
+        ends = self.request.ends(token, step.start + len(step.tokens))
         step.tokens.append(token)
         step.busy_s += seconds
         self.context.append(token)
-        ends = self.request.ends(token, made.position)
         step.complete = ends or len(step.tokens) == self.workload.retrieval_stride
         self._ended = ends  # provisional while the step is a draft
         if step.complete:
             self._decoded_s.append(step.busy_s)
-        if self.request.drafts and not step.certain:
+        if self.request.drafts and not step.settled:
             text = self._text.newest(self.context[len(self.request.prompt) :])
-            document = self.workload.source(made.retrieved)
+            document = self.workload.source(retrieved)
             self._emit(Drafted(session=self.id, text=text, token=token, step=step.index, document=document))
-        self._commit()
 
-    def give_up_draft(self) -> bool:
+    def _resolve(self, said: Sequence[int], seconds: float) -> None:
+        """The model has said, under the true documents, what it would have written in the doubted step.
+
+        If that is what was written, all that was drafted after it stands too, and verdicts that wait for it apply.
+        """
+        step, truth = self.steps[0], self.steps[0].retrieved
+        assert step.doubted and truth is not None
+        step.doubted = False
+        same = next((n for n, (was, true) in enumerate(zip(step.tokens, said, strict=False)) if was != true), None)
+        self._guesses.append(same is None)
+        if same is None:
+            self.statistics.saved += 1
+            if not step.complete:
+                self._write(step, said[-1], truth, seconds)
+        else:
+            self._roll_back(step, truth, keep=same)
+            self._write(step, said[same], truth, seconds)
+        self._settle()
+        self._learn()
+
+    def give_up_draft(self, made: Pass) -> bool:
         """A pass has failed: whether it wrote under a guess, so that the session can go on after the verdict."""
-        if not self.drafts:
+        newest = self.steps[-1] if self.steps else None
+        if made.proposed is not None or newest is None or newest.settled:
             return False
-        self.steps[-1].barred = True
+        newest.barred = not newest.doubted  # in doubt, it is the pass under the true documents that tells
         return True
 
     # Verify --------------------------------------------------------------------------------------------------------
@@ -279,37 +329,58 @@ class Session:
         if self.final:
             return
         self.checks.early |= {verdict.step: verdict for verdict in verdicts if verdict.epoch == self.epoch}
-        guessed, matched, applied = 0, 0, []
-        while verdict := self._next_verdict():
-            applied.append(verdict)
-            step = self.steps[verdict.step - self.steps[0].index]
-            truth = verdict.truth.top(self.workload.top_k)
-            guessed += step.retrieved is not None
-            matched += step.retrieved is not None and verdict.right
-            if step.retrieved is not None and not verdict.right:
-                self._roll_back(step, truth)
-            step.retrieved, step.certain = truth, True
+        self._verification_s = verification_s
+        applied = self._settle()
         # Last in, first fetched: what stands comes last, and the oldest are dropped beyond the window.
         for verdict in sorted(verdicts, key=lambda verdict: verdict in applied):
             if len(verdict.wanted):
                 self.wanted.append(verdict.wanted)
-        self.statistics.checked += guessed
-        self.statistics.matched += matched
-        if guessed:
-            mean = sum(self._decoded_s) / len(self._decoded_s) if self._decoded_s else None
-            self.stride.observe(matched=matched, checked=guessed, step_s=mean, verification_s=verification_s)
-            self._decoded_s.clear()
+        self._learn()
         self._commit()
 
-    def _next_verdict(self) -> Verdict | None:
-        """The verdict of the oldest step that has none, if it is here."""
-        step = next((step for step in self.steps if not step.certain), None)
-        return self.checks.early.pop(step.index, None) if step else None
+    def _settle(self) -> list[Verdict]:
+        """Apply, in step order, the verdicts that are here, up to a step that they put in doubt."""
+        applied = []
+        while verdict := self._next_verdict():
+            applied.append(verdict)
+            step = self.steps[verdict.step - self.steps[0].index]
+            truth = verdict.truth.top(self.workload.top_k)
+            guessed, step.certain = step.retrieved is not None, True
+            self.statistics.checked += guessed
+            self.statistics.matched += guessed and verdict.right
+            self.statistics.matched_by_drafter += step.drafted and verdict.right
+            step.doubted = guessed and not verdict.right and self._can_be_doubted(step)
+            if guessed and not step.doubted:
+                self._guesses.append(verdict.right)
+                if not verdict.right:
+                    self._roll_back(step, truth)
+            step.retrieved = truth
+        return applied
 
-    def _roll_back(self, step: Step, truth: Ranking) -> None:
-        """Back to the start of `step`: a write, and never a wait (R3). What is under way is stale from here on."""
+    def _next_verdict(self) -> Verdict | None:
+        """The verdict of the oldest step that has none, if it is here and no step is in doubt before it."""
+        step = next((step for step in self.steps if not step.settled), None)
+        return self.checks.early.pop(step.index, None) if step and not step.doubted else None
+
+    def _can_be_doubted(self, step: Step) -> bool:
+        """Whether other documents may still have led to the same tokens. Where queries need the frontier, the verdict
+        has already compared them."""
+        return self.arrangement.token_check and bool(step.tokens) and not self.workload.asks_with_frontier
+
+    def _learn(self) -> None:
+        """Let the stride scheduler see what has been judged, once no doubt is left about it."""
+        if self._doubted or not self._guesses:
+            return
+        mean = sum(self._decoded_s) / len(self._decoded_s) if self._decoded_s else None
+        matched, checked = sum(self._guesses), len(self._guesses)
+        self.stride.observe(matched=matched, checked=checked, step_s=mean, verification_s=self._verification_s)
+        self._decoded_s.clear()
+        self._guesses.clear()
+
+    def _roll_back(self, step: Step, truth: Ranking, *, keep: int = 0) -> None:
+        """Back to the first `keep` tokens of `step`: a write, and never a wait (R3). What is under way is stale now."""
         self.epoch += 1
-        start = len(self.request.prompt) + step.start
+        start = len(self.request.prompt) + step.start + keep
         dropped = len(self.context) - start
         del self.context[start:]
         self.frontier = step.frontier
@@ -318,13 +389,13 @@ class Session:
         self.checks.drop()
         self._steps_begun = step.index + 1
         self._ended = step.complete = False
-        step.tokens.clear()
+        del step.tokens[keep:]
         step.busy_s = 0.0
         self.statistics.rollbacks += 1
         self.statistics.wasted_tokens += dropped
-        if self.request.drafts and dropped:
+        if self.request.drafts and (retracted := dropped + keep):
             document = self.workload.source(truth)
-            self._emit(RolledBack(session=self.id, step=step.index, tokens=dropped, document=document))
+            self._emit(RolledBack(session=self.id, step=step.index, tokens=retracted, document=document))
         if self.trace:
             self.trace.mark("rollback", self._now(), step=step.index, epoch=self.epoch)
 
@@ -360,7 +431,7 @@ class Session:
 
     def _commit(self) -> None:
         """Move the commit horizon over every step that is certain and complete."""
-        while self.steps and self.steps[0].certain and self.steps[0].complete:
+        while self.steps and self.steps[0].settled and self.steps[0].complete:
             step = self.steps.popleft()
             assert step.retrieved is not None
             self.committed += step.tokens

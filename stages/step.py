@@ -19,19 +19,28 @@ class Move(Enum):
 class Step:
     """Uncommitted as long as it stands in `Session.steps`.
 
-    `start` counts generated tokens before it. `retrieved` is a guess until the step is `certain`, and None while
-    nothing is known at all. `frontier` is that at its start, where queries need one. The step is `complete` when it has
-    all its tokens, and commits when it is certain and complete. It is `barred` when it could not be decoded under its
-    guess: whether that is an error, only the verdict tells. `busy_s` is the time it has spent in Lookup and
+    `start` counts generated tokens before it. `retrieved` is a guess until the step is `certain`, of the drafter if it
+    is `drafted`, of the cache if not, and None while nothing is known at all. `frontier` is that at its start, where
+    queries need one. The step is `complete` when it has all its tokens. It is `barred` when it could not be decoded
+    under its guess: whether that is an error, only the verdict tells. It is `doubted` when its tokens were written
+    under other documents than the true ones, and the model has not yet said under those whether it would have written
+    the same. It commits when it is certain, complete and free of doubt. `busy_s` is the time it has spent in Lookup and
     Generate, waiting for its turn included.
     """
 
     index: int
     start: int
     retrieved: Ranking | None
+    drafted: bool = False
     frontier: Frontier | None = None
     certain: bool = False
     complete: bool = False
     barred: bool = False
+    doubted: bool = False
     busy_s: float = 0.0
     tokens: list[int] = field(default_factory=list)
+
+    @property
+    def settled(self) -> bool:
+        """Whether its documents are known, and its tokens, as far as there are any, are written under them."""
+        return self.certain and not self.doubted

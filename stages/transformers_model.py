@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +27,9 @@ class TransformersModel:
     documents that take turns, can both be alive. A pass forwards only the tokens its slot does not hold, at least one.
     The sessions' tokens stand in one row, none padded (`PackedAttention`), so it does not matter which sessions share a
     pass, or how long they are. It forwards `pass_tokens` tokens at most: those who lack one token come first, then the
-    others as they stand; the rest of a long prefix is read by later passes, so nobody waits long for it.
+    others as they stand; the rest of a long prefix is read by later passes, so nobody waits long for it. A proposal and
+    the token before it are read in one pass: where they are all that one prefix lacks and do not fit, the first such
+    one goes beyond `pass_tokens`. So every pass answers those who lack one token, and the first of the others gets on.
 
     Who shares a pass changes logits by rounding only: about 1e-6 in float32, 1e-15 in float64.
 
@@ -111,20 +114,21 @@ class TransformersModel:
         return self._tokenizer.decode(tokens)
 
     def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier | Exception | None]:
-        """Logits after each prefix, float32, or float64 where the model is, and its key, always float32.
+        """Logits after each prefix, float32, or float64 where the model is, and its key, always float32. Those in the
+        places of proposed tokens come from the same pass, and cost about as much as reading these tokens.
 
         None for a prefix that is not read to its end yet; a `ModelFailed` for one whose numbers are not finite. Raises
-        `ValueError` before any work for a prefix that is empty, longer than `context_length`, or has tokens outside the
-        vocabulary; `ModelFailed` if the pass raises. After a fault the session's next pass starts from what its other
-        slot holds, or afresh.
+        `ValueError` before any work for a prefix that is empty, longer than `context_length`, has tokens outside the
+        vocabulary or proposes them all; `ModelFailed` if the pass raises. After a fault the session's next pass starts
+        from what its other slot holds, or afresh.
         """
-        wanted = [self._checked(prefix.tokens) for prefix in prefixes]
+        wanted = [self._wanted(prefix) for prefix in prefixes]
         if not wanted:
             return []
         start = time.perf_counter()
-        taken = [self._slots.take(prefix.session, tokens) for prefix, tokens in zip(prefixes, wanted, strict=True)]
+        taken = [self._slots.take(p.session, p.tokens, p.proposed) for p in wanted]
         try:
-            with _passing(f"{len(wanted)} prefixes of up to {max(map(len, wanted))} tokens"):
+            with _passing(f"{len(wanted)} prefixes of up to {max(len(p.tokens) for p in wanted)} tokens"):
                 segments = self._segments(taken, wanted)
                 outcomes = self._pass(segments, wanted)
         except BaseException:  # nobody knows what the slots hold now
@@ -133,11 +137,11 @@ class TransformersModel:
             raise
         finally:
             self.seconds += time.perf_counter() - start
-        for prefix, tokens, slot, segment, outcome in zip(prefixes, wanted, taken, segments, outcomes, strict=True):
+        for prefix, slot, segment, outcome in zip(wanted, taken, segments, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 self._slots.drop(slot)
             else:
-                self._slots.put(prefix.session, slot, tokens[: segment.kept + segment.count])
+                self._slots.put(prefix.session, slot, prefix.tokens[: segment.end])
         self.forward_passes += 1
         self.prefilled_tokens += sum(segment.count for segment in segments)
         self.reused_tokens += sum(segment.kept for segment in segments)
@@ -178,8 +182,17 @@ class TransformersModel:
         """How many sessions hold keys and values."""
         return self._slots.sessions()
 
+    def _wanted(self, prefix: Prefix) -> Prefix:
+        """Checked, with tokens of its own: slots remember them, and the caller may go on writing into its array."""
+        tokens = self._checked(prefix.tokens)
+        if not 0 <= prefix.proposed < len(tokens):
+            raise ValueError(
+                f"a prefix of {len(tokens)} tokens proposes {prefix.proposed} of them: "
+                "none is the least, and one must stand before them"
+            )
+        return replace(prefix, tokens=tokens)
+
     def _checked(self, tokens: Tokens, axes: int = 1) -> Tokens:
-        # A copy: slots remember their tokens, and the caller may go on writing into its own array.
         own = np.array(tokens, dtype=np.int64, order="C")
         if own.ndim != axes or own.size == 0:
             expected = "a prefix is a row of" if axes == 1 else "texts are rows, equally long, of"
@@ -196,14 +209,16 @@ class TransformersModel:
             )
         return own
 
-    def _segments(self, taken: Sequence[Slot], wanted: Sequence[Tokens]) -> list[Segment]:
+    def _segments(self, taken: Sequence[Slot], wanted: Sequence[Prefix]) -> list[Segment]:
         """Who forwards how many tokens in this pass, with room for them in the slots."""
-        missing = [len(tokens) - len(slot.tokens) for slot, tokens in zip(taken, wanted, strict=True)]
+        missing = [len(prefix.tokens) - len(slot.tokens) for slot, prefix in zip(taken, wanted, strict=True)]
         left = self._pass_tokens - sum(number == 1 for number in missing)
         segments: list[Segment] = []
         start = 0
-        for slot, number in zip(taken, missing, strict=True):
-            count = 1 if number == 1 else min(number, left)
+        for slot, prefix, number in zip(taken, wanted, missing, strict=True):
+            before = number - 1 - prefix.proposed  # what is to be read before the tail, which is read at once
+            at_once = number == 1 or number <= left or (not before and left >= 0)
+            count = number if at_once else min(before, max(0, left))
             left -= count if number > 1 else 0
             kept = len(slot.tokens)
             self._slots.grow(slot, kept + count)
@@ -211,30 +226,37 @@ class TransformersModel:
             start += count
         return segments
 
-    def _pass(self, segments: Sequence[Segment], wanted: Sequence[Tokens]) -> list[Frontier | Exception | None]:
+    def _pass(self, segments: Sequence[Segment], wanted: Sequence[Prefix]) -> list[Frontier | Exception | None]:
         torch = self._torch
-        fresh = [tokens[s.kept : s.kept + s.count] for s, tokens in zip(segments, wanted, strict=True)]
-        positions = [np.arange(s.kept, s.kept + s.count) for s in segments]
-        read = [s.kept + s.count == len(tokens) for s, tokens in zip(segments, wanted, strict=True)]
-        last = np.array([s.start + s.count - 1 for s, all_of_it in zip(segments, read, strict=True) if all_of_it], int)
+        fresh = [prefix.tokens[s.kept : s.end] for s, prefix in zip(segments, wanted, strict=True)]
+        positions = [np.arange(s.kept, s.end) for s in segments]
+        # Of those that are read to their end, the places in the row whose logits are wanted; of others none.
+        asked = [
+            np.arange(s.start + s.count)[-1 - prefix.proposed :] if s.end == len(prefix.tokens) else np.arange(0)
+            for s, prefix in zip(segments, wanted, strict=True)
+        ]
+        rows = np.concatenate(asked)
         packed = PackedAttention([segment for segment in segments if segment.count])
         with torch.inference_mode(), self._states.kept() as states, attending(packed):
             logits = self._network(
                 input_ids=self._row(fresh),
                 position_ids=self._row(positions),
                 use_cache=False,
-                logits_to_keep=torch.from_numpy(last).to(self._network.device),
+                logits_to_keep=torch.from_numpy(rows).to(self._network.device),
             ).logits
             every = self._as_logits(logits[0])
-            keys = self._as_keys(states[0].reshape(-1, self.key_dimension)[last], (len(last),))
-        made = iter(zip(every, keys, strict=True))
-        return [self._frontier(len(tokens), *next(made)) if r else None for tokens, r in zip(wanted, read, strict=True)]
+            keys = self._as_keys(states[0].reshape(-1, self.key_dimension)[rows], (len(rows),))
+        ends = np.cumsum([len(places) for places in asked])[:-1]
+        return list(map(self._frontier, wanted, np.split(every, ends), np.split(keys, ends)))
 
-    def _frontier(self, length: int, logits: Any, key: Any) -> Frontier | Exception:
+    def _frontier(self, prefix: Prefix, logits: Any, keys: Any) -> Frontier | Exception | None:
         """Of one session, copied, so that one that is kept does not keep those of the whole pass."""
+        if not len(logits):
+            return None
         try:
-            what = f"a prefix of {length} tokens"
-            return Frontier(_finite(what, logits.copy()), _finite(what, key.copy()))
+            what = f"a prefix of {len(prefix.tokens)} tokens"
+            proposed = _finite(what, logits[:-1].copy()) if prefix.proposed else None
+            return Frontier(_finite(what, logits[-1].copy()), _finite(what, keys[-1].copy()), proposed)
         except ModelFailed as error:
             return error
 

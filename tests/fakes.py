@@ -11,7 +11,7 @@ import numpy as np
 
 from ralmspec.retrievers.base import Document, Ids, Query, Ranking, Scores
 from ralmspec.stages.errors import WorkerLost
-from ralmspec.stages.model import Frontier, Prefix, Tokens
+from ralmspec.stages.model import Frontier, Prefix, Tokens, token_by_token
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
@@ -58,7 +58,7 @@ class FakeModel:
 
     def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier | Exception | None]:
         self.passes += 1
-        return [self._frontier(prefix.tokens) if self._reads(prefix) else None for prefix in prefixes]
+        return [token_by_token(prefix, self._frontier) if self._reads(prefix) else None for prefix in prefixes]
 
     def _reads(self, prefix: Prefix) -> bool:
         return not self.halts or draw(self.seed, self.passes, len(prefix.tokens)) % 1000 >= 1000 * self.halts
@@ -153,6 +153,32 @@ class Scattered(FakeRetriever):
 
     def score(self, query: Query, rows: Any) -> Scores:
         return np.zeros(len(rows), dtype=np.float32)
+
+
+class Guessing:
+    """A drafter: brings the retriever's own documents for some queries, and others for the rest."""
+
+    concurrency = 1
+    description = "guessing"
+
+    def __init__(self, retriever: Any, right: float = 0.5) -> None:
+        self._retriever = retriever
+        self._right = right
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._retriever)
+
+    def search(self, queries: Sequence[Query], k: int) -> list[Ranking]:
+        self.asked.append(len(queries))
+        return [self._rank(query, k) for query in queries]
+
+    def _rank(self, query: Query, k: int) -> Ranking:
+        (truth,) = self._retriever.search([query], k)
+        told = query.text, None if query.vector is None else query.vector.tobytes()
+        if draw(told) % 1000 < 1000 * self._right:
+            return Ranking(truth.ids, truth.scores)
+        return Ranking((truth.ids + 1 + draw(told, "other") % len(self)) % len(self), truth.scores)
 
 
 class VirtualWorker:

@@ -16,7 +16,7 @@ import anyio
 import pytest
 from clients import LENGTHS, WORLDS, Client, Luck, World
 from clocks import run
-from fakes import VirtualWorker, draw
+from fakes import Guessing, VirtualWorker, draw
 from faults import STAGES, Bad, deadly
 
 from ralmspec.pipeline import (
@@ -49,6 +49,8 @@ class Eager:
     window: int = 3
     flights: int = 1
     prefetch: int = 4
+    token_check: bool = False
+    asks_drafter: bool = True
     guesses = True
 
     def stride(self) -> FixedStride:
@@ -67,8 +69,13 @@ ARRANGEMENTS: list[Arrangement] = [
     Eager(window=2),
     Eager(window=4),
     Eager(window=5, flights=3),
+    Eager(window=4, token_check=True),
+    Eager(window=6, flights=3, token_check=True),
     Continuous(window=6, flights=2, prefetch=20),
     Continuous(window=16, prefetch=1),
+    Continuous(window=9, token_check=False),
+    Synchronous(speculation_stride=4, prefetch=20, token_check=True),
+    Asynchronous(speculation_stride=3, prefetch=1, token_check=True),
     *(
         kind(speculation_stride=stride, prefetch=documents)
         for kind in (Synchronous, Asynchronous)
@@ -183,6 +190,7 @@ def simulate(luck: Luck) -> Counter[str]:
     pipeline = Pipeline(
         model=world.model,
         retriever=world.retriever,
+        drafter=Guessing(world.retriever) if chance.random() < 0.3 else None,  # type: ignore[arg-type]
         workload=world.workload,
         speculation=arrangement,
         output=output if outside or chance.random() < 0.3 else (),

@@ -10,7 +10,7 @@ from fakes import FakeModel, FakeRetriever
 from ralmspec.pipeline import Answer, Committed, InContext, Query, Ranking, Sampling
 from ralmspec.pipeline.audit import TOLERANCE, Difference, differ
 from ralmspec.stages.messages import Source
-from ralmspec.stages.model import Frontier, Prefix
+from ralmspec.stages.model import Frontier, Prefix, Tokens
 from ralmspec.stages.statistics import Statistics
 
 STRIDE = 2
@@ -26,7 +26,10 @@ class Scores(FakeModel):
 
     def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier | Exception | None]:
         self.prefixes += [prefix.tokens.tolist() for prefix in prefixes]
-        return [Frontier(np.array([0.0, 1.0 + self.gap, 1.0])) for _ in prefixes]
+        return super().forward(prefixes)
+
+    def _frontier(self, tokens: Tokens) -> Frontier:
+        return Frontier(np.array([0.0, 1.0 + self.gap, 1.0]))
 
 
 class Finds(FakeRetriever):

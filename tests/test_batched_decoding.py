@@ -37,15 +37,18 @@ def prefixes(*sequences, first=1):
     return [Prefix(session=first + n, tokens=np.asarray(tokens)) for n, tokens in enumerate(sequences)]
 
 
-def alone(model, tokens):
+def alone(model, tokens, proposed=0):
     """Computed by itself, from the first token, by PyTorch's own attention and without any memory."""
     logits, keys = model.evaluate(np.asarray(tokens)[None])
-    return Frontier(logits[0, -1], keys[0, -1])
+    return Frontier(logits[0, -1], keys[0, -1], logits[0, -1 - proposed : -1] if proposed else None)
 
 
 def same(frontier, expected):
     np.testing.assert_allclose(frontier.logits, expected.logits, rtol=0, atol=1e-9)
     np.testing.assert_allclose(frontier.key, expected.key, rtol=0, atol=1e-5)
+    assert (frontier.proposed is None) == (expected.proposed is None)
+    if expected.proposed is not None:
+        np.testing.assert_allclose(frontier.proposed, expected.proposed, rtol=0, atol=1e-9, strict=True)
 
 
 class Instead:
@@ -111,23 +114,133 @@ def test_going_back_in_the_middle_of_reading(load):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(1, 200), min_size=1, max_size=6), st.integers(6, 128), st.integers(0, 2**32 - 1))
-def test_whatever_shares_a_pass(load, lengths, pass_tokens, seed):
+@given(
+    st.lists(st.tuples(st.integers(1, 200), st.integers(0, 20)), min_size=1, max_size=6),
+    st.integers(6, 128),
+    st.integers(0, 2**32 - 1),
+)
+def test_whatever_shares_a_pass(load, shapes, pass_tokens, seed):
     draw = np.random.default_rng(seed)
     model, other = load(max_batch=6, pass_tokens=pass_tokens), load()
-    sequences = [draw.integers(3, VOCABULARY, n).tolist() for n in lengths]
+    shapes = [(n, min(proposed, n - 1)) for n, proposed in shapes]
+    sequences = [(draw.integers(3, VOCABULARY, n), proposed) for n, proposed in shapes]
     open_ = dict(enumerate(sequences))
     for _ in range(200):
         if not open_:
             break
         chosen = draw.permutation([*open_])[: draw.integers(1, len(open_) + 1)].tolist()
+        batch = [Prefix(session=n, tokens=open_[n][0], proposed=open_[n][1]) for n in chosen]
         before = model.prefilled_tokens
-        made = model.forward([Prefix(session=n, tokens=np.array(open_[n])) for n in chosen])
-        assert 0 < model.prefilled_tokens - before <= pass_tokens
-        for n, frontier in zip(chosen, made, strict=True):
+        made = model.forward(batch)
+        tail = max(prefix.proposed for prefix in batch) + 1
+        assert 0 < model.prefilled_tokens - before <= pass_tokens + (tail if tail > 1 else 0)
+        for prefix, frontier in zip(batch, made, strict=True):
             if frontier is not None:
-                same(frontier, alone(other, open_.pop(n)))
+                same(frontier, alone(other, prefix.tokens, prefix.proposed))
+                if draw.random() < 0.5:  # a part of the proposal is taken back, and something else proposed
+                    stays = len(prefix.tokens) - int(draw.integers(0, prefix.proposed + 1))
+                    proposed = int(draw.integers(0, 5))
+                    tokens = np.append(prefix.tokens[:stays], draw.integers(3, VOCABULARY, 1 + proposed))
+                    open_[prefix.session] = tokens, proposed
+                else:
+                    del open_[prefix.session]
     assert not open_, "every prefix is read in the end"
+
+
+# Proposals
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_proposal_is_answered_in_every_place_at_once(load, family):
+    model, other = load(family), load(family)
+    steps = [  # tokens, how many of them are proposed, how many the pass forwards
+        (A, 6, 150),
+        ([*A, 40, 41, 42, 43], 3, 4),
+        ([*A, 40, 51, 52], 2, 3),  # the second was not what the model says
+        ([*A, 40, 51, 52], 2, 3),  # the same again
+        ([*A, 40, 51, 52], 0, 1),
+        ([*B, 60, 61], 1, 92),  # another document
+        ([*A, 40, 51, 52, 53], 3, 4),
+        (A[:9], 8, 9),  # all that can be proposed
+    ]
+    for tokens, proposed, forwarded in steps:
+        before = model.prefilled_tokens
+        beside = [*C, *range(20, 20 + model.forward_passes)]
+        made, ordinary = model.forward(
+            [Prefix(session=1, tokens=np.asarray(tokens), proposed=proposed), *prefixes(beside, first=2)]
+        )
+        same(made, alone(other, tokens, proposed))
+        same(ordinary, alone(other, beside))
+        assert model.prefilled_tokens - before == forwarded + (len(C) if before == 0 else 1)
+        assert made.proposed is None or made.proposed.base is None, "it does not keep those of the whole pass"
+
+
+def test_a_proposal_that_does_not_fit_is_not_torn_and_the_next_one_waits(load):
+    model, other = load(max_batch=4, pass_tokens=4), load()
+    for n, tokens in enumerate((A, B, C), start=1):
+        read_to_end(model, Prefix(session=n, tokens=tokens))
+    batch = [
+        Prefix(session=1, tokens=np.array([*A, *range(20, 26)]), proposed=5),
+        Prefix(session=2, tokens=np.array([*B, *range(30, 37)]), proposed=6),
+        Prefix(session=3, tokens=np.array([*C, 40])),
+    ]
+    before = model.prefilled_tokens
+    first, second, third = model.forward(batch)
+    same(first, alone(other, batch[0].tokens, 5))
+    same(third, alone(other, batch[2].tokens))
+    assert second is None and model.prefilled_tokens - before == 6 + 1
+    (second,) = model.forward(batch[1:2])
+    same(second, alone(other, batch[1].tokens, 6))
+    assert model.prefilled_tokens - before == 6 + 1 + 7, "nothing was read twice"
+
+
+def test_what_stands_before_a_proposal_is_read_in_parts(load):
+    model, other = load(max_batch=2, pass_tokens=64), load()
+    prefix = Prefix(session=1, tokens=A, proposed=30)
+    told = []
+    for _ in range(3):
+        before = model.prefilled_tokens
+        told.append((*model.forward([prefix]), model.prefilled_tokens - before))
+    assert [(made is None, count) for made, count in told] == [(True, 64), (True, 55), (False, 31)]
+    same(told[-1][0], alone(other, A, 30))
+
+
+def test_with_as_many_sessions_as_tokens_everybody_gets_on(load):
+    model, other = load(max_batch=3, pass_tokens=3), load()
+    open_ = {n: Prefix(session=n, tokens=np.resize(A, 9 + n), proposed=n + 3) for n in range(3)}
+    for _ in range(30):
+        if not open_:
+            break
+        batch = [*open_.values()]
+        for prefix, made in zip(batch, model.forward(batch), strict=True):
+            if made is not None:
+                same(made, alone(other, prefix.tokens, prefix.proposed))
+                del open_[prefix.session]
+    assert not open_
+
+
+@pytest.mark.parametrize("proposed", [-1, 3, 4])
+def test_a_proposal_that_cannot_be_is_refused_before_any_work(load, proposed):
+    model = load()
+    with pytest.raises(ValueError, match=f"a prefix of 3 tokens proposes {proposed}"):
+        model.forward([*prefixes(A), Prefix(session=2, tokens=C[:3], proposed=proposed)])
+    assert (model.forward_passes, model.held_sessions()) == (0, 0)
+
+
+def test_bad_numbers_in_the_place_of_a_proposed_token_are_a_fault(load):
+    model, other = load(), load()
+    network = model._network
+
+    def faulty(**inputs):
+        answer = network(**inputs)
+        answer.logits[0, 1, 5] = float("nan")  # of the first session's three rows, the middle one
+        return answer
+
+    model._network = Instead(network, faulty)
+    first, second = model.forward([Prefix(session=1, tokens=A, proposed=2), Prefix(session=2, tokens=B, proposed=1)])
+    assert isinstance(first, ModelFailed) and "150 tokens" in str(first)
+    same(second, alone(other, B, 1))
+    assert model.held_sessions() == 1
 
 
 def test_one_sessions_bad_numbers_are_its_own_fault(load):

@@ -19,7 +19,7 @@ from ralmspec.pipeline.stress_report import StressReport
 from ralmspec.pipeline.stress_view import StressView
 from ralmspec.stages.errors import InvariantBroken
 from ralmspec.stages.generate import Generate
-from ralmspec.stages.model import Frontier, Prefix
+from ralmspec.stages.model import Frontier, Prefix, Tokens
 from ralmspec.stages.request import Status
 from ralmspec.stages.session import Session
 
@@ -116,8 +116,8 @@ def test_bad_input_is_refused_in_a_sentence(arguments: list[str], says: str, mon
 class Lies(SimulatedModel):
     """Always the same token."""
 
-    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier | Exception | None]:
-        return [self._frontiers[7] for _ in prefixes]
+    def _frontier(self, tokens: Tokens) -> Frontier:
+        return self._frontiers[7]
 
 
 def test_a_wrong_output_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from ralmspec.pipeline import (
     Pipeline,
 )
 from ralmspec.pipeline.threads import ThreadWorker
-from ralmspec.stages.model import Frontier
+from ralmspec.stages.model import Frontier, token_by_token
 
 LONG = 3000
 
@@ -168,7 +168,7 @@ class Broken(Gated):
         if self.how == "memory":
             raise MemoryError("out of memory")
         if self.how == "NaN":
-            return [Frontier(np.full(VOCABULARY, np.nan))] * len(prefixes)
+            return [token_by_token(prefix, lambda tokens: Frontier(np.full(VOCABULARY, np.nan))) for prefix in prefixes]
         if self.how == "panic":
             raise Panic("deadly")
         return super().forward(prefixes)

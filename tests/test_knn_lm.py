@@ -77,11 +77,11 @@ def test_what_is_known_is_kept_while_a_prefix_is_read_in_parts() -> None:
     model: Any = SimpleNamespace(max_batch=1, forward=lambda prefixes: [None for _ in prefixes])
     workload: Any = SimpleNamespace(prefix=lambda context, retrieved: np.array(context), asks_with_frontier=True)
     stage = Generate({}, model, workload, None, lambda: 0.0, load=Load())  # type: ignore[arg-type]
-    stage._choose = lambda made, frontier: 1  # type: ignore[method-assign]
+    stage._choose = lambda made, frontier, position: 1  # type: ignore[method-assign]
     request: Any = Request(prompt=(1,), max_new_tokens=9)
     made = Pass(session=1, epoch=0, step=0, position=0, context=(1,), retrieved=None, frontier=known, request=request)
     (outcome,) = stage.work([made])
-    assert isinstance(outcome, Decoded) and outcome.token is None and outcome.frontier is known
+    assert isinstance(outcome, Decoded) and outcome.tokens == () and outcome.frontier is known
 
 
 async def test_a_rollback_repeats_no_forward_pass() -> None:

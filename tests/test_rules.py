@@ -210,7 +210,7 @@ def test_r4_stale_verdicts_of_another_batch_are_dropped() -> None:
     async def scenario() -> None:
         retriever = AlwaysMisses()
         retriever.concurrency = 3
-        speculation = Continuous(window=9, flights=3, prefetch=1)
+        speculation = Continuous(window=9, flights=3, prefetch=1, token_check=False)
         workers = fixed(model=0.01, index=0.2)
         async with opened(retriever=retriever, speculation=speculation, worker=workers) as pipeline:
             statistics = (await exact(pipeline)).statistics

@@ -26,7 +26,7 @@ from ralmspec.pipeline import (
     Synchronous,
 )
 from ralmspec.retrievers.base import Ids, Query, Scores
-from ralmspec.stages.model import Frontier, Prefix
+from ralmspec.stages.model import Frontier, Prefix, token_by_token
 from ralmspec.stages.verify import Verify
 
 # R10 Fault scope -------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ class Moody(FakeModel):
             if bytes([9, 9, 9]) in bytes(prefix.tokens.tolist()):
                 self.together += len(prefixes) > 1
                 if self.where == "logits" and len(prefix.tokens) > 10:
-                    frontiers[place] = Frontier(np.full(VOCABULARY, np.nan))
+                    frontiers[place] = token_by_token(prefix, lambda tokens: Frontier(np.full(VOCABULARY, np.nan)))
         return frontiers
 
 

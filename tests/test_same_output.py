@@ -11,6 +11,7 @@ from ralmspec.pipeline import (
     OS3,
     Arrangement,
     Asynchronous,
+    Continuous,
     InContext,
     Pipeline,
     Sampling,
@@ -19,14 +20,24 @@ from ralmspec.pipeline import (
 )
 
 STRIDES: list[int | OS3] = [1, 3, 8, OS3()]
-ARRANGEMENTS: dict[str, Arrangement] = {"sequential": Sequential()} | {
-    f"{kind.__name__.lower()} s={stride if isinstance(stride, int) else 'OS3'} P={prefetch}": kind(
-        speculation_stride=stride, prefetch=prefetch
-    )
-    for kind in (Synchronous, Asynchronous)
-    for stride in STRIDES
-    for prefetch in (1, 20, 256)
-}
+ARRANGEMENTS: dict[str, Arrangement] = (
+    {"sequential": Sequential()}
+    | {
+        f"{kind.__name__.lower()} s={stride if isinstance(stride, int) else 'OS3'} P={prefetch}": kind(
+            speculation_stride=stride, prefetch=prefetch
+        )
+        for kind in (Synchronous, Asynchronous)
+        for stride in STRIDES
+        for prefetch in (1, 20, 256)
+    }
+    | {
+        "synchronous s=4 token check": Synchronous(speculation_stride=4, token_check=True),
+        "asynchronous s=OS3 token check": Asynchronous(token_check=True),
+        "continuous": Continuous(),
+        "continuous, 3 flights, P=1": Continuous(flights=3, prefetch=1),
+        "continuous, no token check": Continuous(token_check=False),
+    }
+)
 RETRIEVERS: dict[str, Any] = {
     "ordinary": lambda seed: FakeRetriever(documents=300, dimension=8, seed=seed, spread=5),
     "always hits": lambda seed: FakeRetriever(documents=1, seed=seed),

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import END, FakeModel, FakeRetriever, Scattered
+from hand import PROMPT, Hand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import sequential
@@ -19,129 +20,15 @@ from ralmspec.pipeline import (
     Continuous,
     Done,
     Drafted,
-    Event,
-    InContext,
     Query,
-    Ranking,
     RetrieverFailed,
     RolledBack,
     Sequential,
     Synchronous,
 )
-from ralmspec.retrievers.cache import SessionCache
-from ralmspec.stages.load import Load
-from ralmspec.stages.messages import Check, Decoded, Pass, Place, Turn, Verdict
-from ralmspec.stages.model import Prefix, read_to_end
-from ralmspec.stages.request import Request, Status
-from ralmspec.stages.session import Session
+from ralmspec.stages.messages import Check, Decoded, Pass
+from ralmspec.stages.request import Status
 from ralmspec.stages.step import Move
-
-PROMPT = (3, 1, 4)
-
-
-class Hand:
-    """Plays the stages by hand. The documents that searches find are given, or the retriever's own."""
-
-    def __init__(
-        self,
-        speculation: Arrangement,
-        *,
-        model: Any = None,
-        retriever: Any = None,
-        stride: int = 2,
-        unread_limit: int = 1000,
-        **request: Any,
-    ) -> None:
-        self.model = model or FakeModel(ends=False)
-        self.retriever = retriever or FakeRetriever(documents=20)
-        self.events: list[Event] = []
-        self.at = 0.0
-        self.load = Load()
-        self.session = Session(
-            1,
-            Request(prompt=PROMPT, unread_limit=unread_limit, end_tokens=self.model.end_tokens, **request),
-            workload=InContext(retrieval_stride=stride).bind(self.model, self.retriever),
-            arrangement=speculation,
-            load=self.load,
-            cache=SessionCache(self.retriever) if speculation.guesses else None,
-            render=self.model.decode,
-            emit=self.emit,
-            now=lambda: self.at,
-        )
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
-        self.session.unread += 1
-
-    def ask(self) -> Query:
-        assert self.session.move is Move.LOOK
-        (query,) = self.retriever.encode([self.session.question()])
-        return query
-
-    def look(self) -> None:
-        query = self.ask()
-        self.session.looked(self.session.epoch, query, self.guess(query), seconds=0.0)
-
-    def guess(self, query: Query) -> Ranking | None:
-        return self.session.cache.best(query) if self.session.cache is not None else None
-
-    def decode(self, *tokens: int) -> None:
-        for token in tokens:
-            made = self.session.next_pass()
-            assert made is not None
-            self.session.decoded(made, Decoded(token, None), seconds=0.0)
-
-    def turn(self, checks: Sequence[Check]) -> Turn:
-        return Turn(session=1, epoch=self.session.epoch, place=Place.VERIFY, issued=0.0, checks=tuple(checks))
-
-    def launch(self) -> Sequence[Check]:
-        assert self.session.checks_due
-        return self.session.take_checks(self.turn(self.session.launch()))
-
-    def judge(self, checks: Sequence[Check], *documents: int) -> None:
-        verdicts = [
-            Verdict(
-                session=1,
-                epoch=check.epoch,
-                step=check.step,
-                truth=Ranking(np.array([document]), np.ones(1, dtype=np.float32)),
-                right=check.guess is not None and bool(check.guess.ids[0] == document),
-                wanted=np.array([100 + document], dtype=np.int64),
-            )
-            for check, document in zip(checks, documents, strict=True)
-        ]
-        if self.session.cache is not None:
-            self.session.cache.insert(np.array(documents), self.retriever.rows(np.array(documents)))
-        self.session.judge(verdicts, search_s=0.0, verification_s=0.0)
-        self.session.come_home(self.turn(checks))
-
-    def guesses(self, *documents: int) -> None:
-        """What the cache will guess, one look-up after the other."""
-        queue = list(documents)
-
-        def best(query: Query, n: int = 1) -> Ranking:
-            return Ranking(np.array([queue.pop(0)]), np.zeros(1, dtype=np.float32))
-
-        assert self.session.cache is not None
-        self.session.cache.best = best  # type: ignore[method-assign]
-
-    def begin(self, document: int = 5) -> None:
-        """The first retrieval, before which nothing is known."""
-        self.look()
-        assert self.session.move is None, "without a document there is nothing to decode"
-        self.judge(self.launch(), document)
-
-    def play(self, *steps: tuple[int, ...], guesses: tuple[int, ...]) -> None:
-        """From the first retrieval on: these steps, the later ones under these guesses; the next query is formed."""
-        self.begin()
-        self.guesses(*guesses)
-        for tokens in steps:
-            self.decode(*tokens)
-            self.look()
-
-    def committed(self) -> list[tuple[int, ...]]:
-        return [event.tokens for event in self.events if isinstance(event, Committed)]
-
 
 # Commits ---------------------------------------------------------------------------------------------------------
 
@@ -222,7 +109,7 @@ def test_a_stale_token_is_dropped() -> None:
     running = hand.session.next_pass()
     assert running is not None
     hand.judge(checks, 9)
-    hand.session.decoded(running, Decoded(4, None), seconds=0.0)
+    hand.session.decoded(running, Decoded((4,), None), seconds=0.0)
     assert hand.session.context == [*PROMPT, 1, 2]
     assert hand.session.statistics.wasted_tokens == 2
     assert not [event for event in hand.events if isinstance(event, Drafted) and event.token == 4]
@@ -364,7 +251,7 @@ def test_the_first_end_wins() -> None:
     assert checks_of_an_ended_session is not None
     hand.session.finish(Status.CANCELLED, Cancelled("first"))
     hand.session.finish(Status.FAILED, RetrieverFailed("second"))
-    hand.session.decoded(checks_of_an_ended_session, Decoded(4, None), seconds=0.0)
+    hand.session.decoded(checks_of_an_ended_session, Decoded((4,), None), seconds=0.0)
     (done,) = hand.events
     assert isinstance(done, Done) and isinstance(done.error, Cancelled)
     assert hand.session.status is Status.CANCELLED and not hand.committed() and hand.session.move is None
@@ -477,6 +364,9 @@ SPECULATIONS: list[Arrangement] = [
     Eager(window=2),
     Eager(window=4),
     Eager(window=4, flights=3),
+    Eager(window=4, token_check=True),
+    Eager(window=5, flights=3, token_check=True),
+    Synchronous(speculation_stride=3, prefetch=1, token_check=True),
     Continuous(window=6, flights=2),
     Continuous(window=2),
 ]
@@ -522,10 +412,7 @@ def test_whatever_comes_home_when_the_output_is_the_oracles(data: st.DataObject)
                 asked = None
             case "answer":
                 assert made is not None
-                prefix = session.workload.prefix(made.context, made.retrieved)
-                frontier = read_to_end(hand.model, Prefix(session=1, tokens=prefix))
-                token = made.request.sampling.pick(frontier.logits, made.position)
-                session.decoded(made, Decoded(token, None), seconds=0.0)
+                hand.say(made)
                 made = None
             case "launch":
                 flying.append(hand.launch())

@@ -39,7 +39,7 @@ from ralmspec.pipeline.stress_tally import Ended, Fate
 from ralmspec.pipeline.stress_view import StressView
 from ralmspec.pipeline.traffic import Traffic, mixed_prompts
 from ralmspec.stages.in_context import BoundInContext
-from ralmspec.stages.model import Frontier, Prefix
+from ralmspec.stages.model import Frontier, Prefix, token_by_token
 from ralmspec.stages.request import Status
 from ralmspec.stages.session import Session
 from ralmspec.stages.sink import Sink
@@ -262,7 +262,8 @@ class Lies(SimulatedModel):
     def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier | Exception | None]:
         self.passes += 1
         outcomes = super().forward(prefixes)
-        return [self._frontiers[7], *outcomes[1:]] if self.passes % 20 == 0 else outcomes
+        lie = token_by_token(prefixes[0], lambda tokens: self._frontiers[7])
+        return [lie, *outcomes[1:]] if self.passes % 20 == 0 else outcomes
 
 
 async def test_a_model_that_lies_is_found_out() -> None:
