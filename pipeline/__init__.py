@@ -10,7 +10,7 @@ The layers, and which way imports go (a test holds it):
       Runner ─ ThreadWorker             the only task group; one thread per device
       Admission ─ Limits                who is let in: slots, KV memory, and a waiting room in front of them
       Sequential, Synchronous,          arrangements: the same stages, four sets of two decisions
-      Asynchronous, Continuous
+      Asynchronous, Continuous          ... and Adaptive, which chooses among them
          │
          ▼
     ralmspec.stages       what moves, and who works on it
@@ -71,6 +71,7 @@ from .arrangements import Asynchronous as Asynchronous
 from .arrangements import Continuous as Continuous
 from .arrangements import Sequential as Sequential
 from .arrangements import Synchronous as Synchronous
+from .arrangements import beyond as beyond
 from .arrangements import published as published
 from .errors import Cancelled as Cancelled
 from .errors import DeadlineExceeded as DeadlineExceeded
@@ -80,5 +81,8 @@ from .errors import Overloaded as Overloaded
 from .errors import Stalled as Stalled
 from .limits import Limits as Limits
 from .pipeline import Pipeline as Pipeline
+from .speculation import Adaptive as Adaptive
+from .speculation import Chooser as Chooser
+from .speculation import Speculation as Speculation
 from .stream import Answer as Answer
 from .stream import SessionStream as SessionStream

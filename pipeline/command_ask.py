@@ -7,7 +7,6 @@ import typer
 from rich.live import Live
 from rich.markup import escape
 
-from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.messages import Committed
 from ralmspec.stages.sampling import Sampling
 
@@ -15,6 +14,7 @@ from .arrangements import Asynchronous, Sequential, Synchronous
 from .engine import Engine, EngineOptions
 from .options import NewTokensOption, SeedOption, TemperatureOption, with_options
 from .pipeline import Pipeline
+from .speculation import Speculation
 from .terminal import err, load, out, run
 from .terminal import stride as as_stride
 from .transcript import Transcript
@@ -55,7 +55,7 @@ def ask(
 def answered(
     opens: Callable[[], Engine],
     prompt: str,
-    arrangement: Arrangement,
+    arrangement: Speculation,
     sampling: Sampling,
     *,
     max_new_tokens: int,

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.sampling import Sampling
 
 from . import chrome_trace, compare, terminal
@@ -22,8 +21,11 @@ from .options import (
     with_options,
 )
 from .overlap import overlap_efficiency
+from .speculation import Adaptive, Speculation
 from .tables import comparison_table
 from .terminal import err, load, out, questions_as_typed, run
+
+DEFAULT = (*MAIN_TABLE, "continuous", "adaptive")
 
 
 @with_options(EngineOptions)
@@ -46,7 +48,7 @@ def compare_command(
         Path | None, typer.Option(help="Write Chrome trace JSON of the first question, for Perfetto.")
     ] = None,
 ) -> None:
-    """Serve the same questions with RaLMSeq, the paper's arrangements and ours ('continuous'), and compare.
+    """Serve the same questions with RaLMSeq, the paper's arrangements and ours, and compare.
 
     Paired and interleaved; every output is compared with RaLMSeq's, and an unexplained difference makes the command
     fail. speed-up: ratio of mean latencies. F_ideal: share of the time that a retriever without cost would take.
@@ -56,7 +58,7 @@ def compare_command(
     compared(
         lambda: load(engine_options),
         questions_as_typed(sets, questions),
-        chosen_from(published(prefetch) | beyond(), only, (*MAIN_TABLE, "continuous")),
+        chosen_from({**published(prefetch), **beyond(), "adaptive": Adaptive()}, only, DEFAULT),
         Sampling(temperature=temperature, seed=seed),
         max_new_tokens=max_new_tokens,
         json=json,
@@ -68,7 +70,7 @@ def compare_command(
 def compared(
     opens: Callable[[], Engine],
     choose_prompts: Callable[[Engine], Sequence[str]],
-    arrangements: Mapping[str, Arrangement],
+    arrangements: Mapping[str, Speculation],
     sampling: Sampling,
     *,
     max_new_tokens: int,
@@ -109,7 +111,7 @@ def compared(
         raise typer.Exit(1)
 
 
-def chosen_from(arrangements: Mapping[str, Arrangement], only: str, default: Sequence[str]) -> dict[str, Arrangement]:
+def chosen_from(arrangements: Mapping[str, Speculation], only: str, default: Sequence[str]) -> dict[str, Speculation]:
     """RaLMSeq, and those that were typed, with commas between them; the default ones if none were."""
     names = [name.strip() for name in only.split(",")] if only else [*default]
     if unknown := [name for name in names if name not in arrangements]:

@@ -1,12 +1,11 @@
 """`ralmspec knn ask`, `knn compare` and `knn verify-lossless`: KNN-LM served, compared and held against the oracle."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.sampling import Sampling
 
 from . import terminal
@@ -18,6 +17,7 @@ from .engine import Engine
 from .held_out import held_out_prompts
 from .knn_engine import KnnOptions, open_knn_engine
 from .options import JsonOption, NewTokensOption, SamplingTemperatureOption, SeedOption, with_options
+from .speculation import Speculation
 
 TextArgument = Annotated[
     Path, typer.Argument(help="A text that is not in the datastore, .txt or .txt.gz: prompts are stretches of it.")
@@ -115,7 +115,7 @@ def verify_command(
     Runs the strides with asynchronous verification on and off, and 'continuous' with one and two flights. Exits with an
     error if an output differs and no near-tie of the scores explains it.
     """
-    arrangements: dict[str, Arrangement] = {
+    arrangements: Mapping[str, Speculation] = {
         f"{'async' if kind is Asynchronous else 'sync'} s={stride.strip()}": kind(
             speculation_stride=terminal.stride(stride), prefetch=prefetch
         )

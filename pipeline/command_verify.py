@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.sampling import Sampling
 
 from . import lossless, terminal
@@ -24,6 +23,7 @@ from .options import (
     with_options,
 )
 from .reports import environment
+from .speculation import Speculation
 from .terminal import load, out, questions_as_typed, run
 
 _continuous = partial(Continuous, flights=2)
@@ -49,7 +49,7 @@ def verify_command(
     be identical; with float32 and below a difference must start at a logged near-tie of the model's scores. Exits with
     an error otherwise.
     """
-    arrangements: dict[str, Arrangement] = {
+    arrangements: Mapping[str, Speculation] = {
         f"{'async' if kind is Asynchronous else 'sync'} s={stride.strip()} P={width.strip()}": kind(
             speculation_stride=terminal.stride(stride), prefetch=terminal.number(width, "--prefetches")
         )
@@ -77,7 +77,7 @@ def verify_command(
 def verified(
     opens: Callable[[], Engine],
     choose_prompts: Callable[[Engine], Sequence[str]],
-    arrangements: Mapping[str, Arrangement],
+    arrangements: Mapping[str, Speculation],
     sampling: Sampling,
     *,
     max_new_tokens: int,

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.sampling import Sampling
 from ralmspec.stages.statistics import Statistics
 
@@ -19,6 +18,7 @@ from .audit import Difference, differ
 from .engine import Engine
 from .pipeline import Pipeline
 from .reports import Comparison, Row, environment
+from .speculation import Speculation
 from .stream import Answer
 
 BASELINE = "RaLMSeq"
@@ -28,7 +28,7 @@ BASELINE = "RaLMSeq"
 class Runs:
     """All that was measured so far: per arrangement, one answer a question."""
 
-    arrangements: Mapping[str, Arrangement]
+    arrangements: Mapping[str, Speculation]
     answers: dict[str, list[Answer]] = field(default_factory=dict)
     differences: dict[str, list[Difference | None]] = field(default_factory=dict)
 

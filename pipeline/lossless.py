@@ -5,7 +5,6 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.sampling import Sampling
 
 from .arrangements import Sequential
@@ -13,6 +12,7 @@ from .audit import TOLERANCE, differ
 from .engine import Engine
 from .pipeline import Pipeline
 from .reports import Case, Losslessness
+from .speculation import Speculation
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ class Tally:
 async def verify(
     engine: Engine,
     prompts: Sequence[str],
-    arrangements: Mapping[str, Arrangement],
+    arrangements: Mapping[str, Speculation],
     tally: Tally,
     *,
     max_new_tokens: int,
@@ -55,7 +55,7 @@ async def verify(
     workload = engine.workload
     bound = workload.bind(engine.model, engine.retriever)
 
-    def pipeline(arrangement: Arrangement) -> Pipeline:
+    def pipeline(arrangement: Speculation) -> Pipeline:
         return Pipeline(
             model=engine.model,
             retriever=engine.retriever,

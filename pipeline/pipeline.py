@@ -8,7 +8,6 @@ import anyio
 from anyio import AsyncContextManagerMixin
 
 from ralmspec.retrievers.base import Retriever
-from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.in_context import InContext
 from ralmspec.stages.messages import Committed, Done, Event
 from ralmspec.stages.model import LanguageModel
@@ -17,10 +16,10 @@ from ralmspec.stages.sampling import Sampling
 from ralmspec.stages.stage import Stage, Worker
 from ralmspec.stages.workload import Workload
 
-from .arrangements import Asynchronous
 from .errors import NotServing
 from .limits import Limits
 from .runner import Runner
+from .speculation import Adaptive, Always, Chooser, Speculation
 from .stream import Answer, SessionStream
 from .threads import ThreadWorker
 
@@ -32,10 +31,11 @@ class Pipeline(AsyncContextManagerMixin):
             answer = await pipeline.complete("who plays ken barlow in coronation street?")
 
     Runs on asyncio and trio, inside whatever program is there already. `speculation` is one of the arrangements
-    (`Sequential`, `Synchronous`, `Asynchronous`, `Continuous`); all give the same tokens. `drafter` is a faster index
-    over the same documents, which guesses beside the session's cache: HNSW where `retriever` is exact. `output` are
-    stages that every event passes on its way to the caller. Leaving the block drains: sessions that are live may end
-    within `limits.drain_s`, then the rest is ended with `NotServing`. If a stage died, leaving raises `EngineDead`.
+    (`Sequential`, `Synchronous`, `Asynchronous`, `Continuous`), or `Adaptive`, which chooses among them; all give the
+    same tokens. `drafter` is a faster index over the same documents, which guesses beside the session's cache: HNSW
+    where `retriever` is exact. `output` are stages that every event passes on its way to the caller. Leaving the block
+    drains: sessions that are live may end within `limits.drain_s`, then the rest is ended with `NotServing`. If a stage
+    died, leaving raises `EngineDead`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Pipeline(AsyncContextManagerMixin):
         model: LanguageModel,
         retriever: Retriever,
         workload: Workload | None = None,
-        speculation: Arrangement | None = None,
+        speculation: Speculation | None = None,
         drafter: Retriever | None = None,
         output: Sequence[Stage[Event, Event]] = (),
         limits: Limits | None = None,
@@ -53,7 +53,8 @@ class Pipeline(AsyncContextManagerMixin):
         self.model = model
         self.retriever = retriever
         self.limits = limits or Limits()
-        self.speculation = speculation or Asynchronous()
+        self.speculation = speculation or Adaptive()
+        self._chooser = self.speculation if isinstance(self.speculation, Chooser) else Always(self.speculation)
         if drafter is not None and len(drafter) != len(retriever):
             raise ValueError(
                 f"the drafter searches {len(drafter):,} documents, the retriever {len(retriever):,}: "
@@ -73,7 +74,7 @@ class Pipeline(AsyncContextManagerMixin):
             retriever=self.retriever,
             drafter=self._drafter,
             workload=self._workload,
-            arrangement=self.speculation,
+            chooser=self._chooser,
             output=self._output,
             limits=self.limits,
             worker=self._worker,

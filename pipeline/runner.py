@@ -11,7 +11,6 @@ from anyio.streams.memory import MemoryObjectSendStream
 
 from ralmspec.retrievers.base import Retriever
 from ralmspec.retrievers.cache import SessionCache
-from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.errors import InvariantBroken, WorkerLost
 from ralmspec.stages.generate import Generate
 from ralmspec.stages.load import Load
@@ -32,6 +31,7 @@ from .errors import EngineDead, NotServing
 from .lag_alarm import LagAlarm
 from .limits import Limits
 from .output_path import Delivery, PickUp
+from .speculation import Chooser
 from .threads import ThreadWorker
 from .watchdog import OnTime, Watchdog
 
@@ -49,7 +49,7 @@ class Runner:
         retriever: Retriever,
         drafter: Retriever | None,
         workload: BoundWorkload,
-        arrangement: Arrangement,
+        chooser: Chooser,
         output: Sequence[Stage[Event, Event]],
         limits: Limits,
         worker: Callable[[str, int], Worker],
@@ -59,7 +59,7 @@ class Runner:
         self._model = model
         self._retriever = retriever
         self._workload = workload
-        self._arrangement = arrangement
+        self._chooser = chooser
         self._load = Load()
         self._opened = self._accepting = False
         self._changed = anyio.Event()
@@ -67,10 +67,10 @@ class Runner:
 
         inboxes, outboxes = {}, {}
         for place in (Place.LOOKUP, Place.GENERATE, Place.VERIFY, Place.PREFETCH):
-            turns = limits.sessions * (arrangement.flights if place is Place.VERIFY else 1)  # R7
+            turns = limits.sessions * (chooser.flights if place is Place.VERIFY else 1)  # R7
             outboxes[place], inboxes[place] = create_memory_object_stream[Turn](turns)
         # A session may have so much unread, and what is in flight can still add a commit and a retraction a step.
-        events = limits.sessions * (limits.unread_events + 2 * arrangement.window + 2)
+        events = limits.sessions * (limits.unread_events + 2 * chooser.window + 2)
         path = [create_memory_object_stream[Event](events) for _ in range(len(output) + 1 if output else 0)]
         self.switch = Switch(
             outboxes, output=path[0][0] if path else None, now=anyio.current_time, released=self._released
@@ -88,11 +88,10 @@ class Runner:
         threads = {"model": 1, "encoder": 1, "index": searches, "prefetch": 1}
         self._workers = {name: worker(name, number) for name, number in threads.items()}
         live, now, workers = OnTime(self.switch.live, self._fail), anyio.current_time, self._workers
-        k = max(arrangement.prefetch, workload.top_k)
         cycle: dict[Place, Stage[Turn, Session]] = {
             Place.LOOKUP: Lookup(live, retriever, workload, workers["encoder"], now, drafter=drafter),
             Place.GENERATE: Generate(live, model, workload, workers["model"], now, load=self._load),
-            Place.VERIFY: Verify(live, retriever, workload, workers["index"], now, k=k),
+            Place.VERIFY: Verify(live, retriever, workload, workers["index"], now),
             Place.PREFETCH: Prefetch(live, retriever, workers["prefetch"], now),
         }
         self._stages: list[tuple[str, Stage[Any, Any], Any, Any]] = []
@@ -119,13 +118,14 @@ class Runner:
         return await self.admission.let_in(request, lambda: self._begin(request))
 
     def _begin(self, request: Request) -> Sink:
+        arrangement = self._chooser.choose()
         session = Session(
             next(_SESSION_IDS),
             request,
             workload=self._workload,
-            arrangement=self._arrangement,
+            arrangement=arrangement,
             load=self._load,
-            cache=self._cache(),
+            cache=self._cache() if arrangement.guesses else None,
             render=self._model.decode,
             emit=self.switch.emit,
             now=anyio.current_time,
@@ -134,8 +134,8 @@ class Runner:
         self._change()
         return sink
 
-    def _cache(self) -> SessionCache | None:
-        return SessionCache(self._retriever, self.limits.cached_documents) if self._arrangement.guesses else None
+    def _cache(self) -> SessionCache:
+        return SessionCache(self._retriever, self.limits.cached_documents)
 
     def _refuse_if_closed(self) -> None:
         if self.dead is not None:
@@ -156,6 +156,8 @@ class Runner:
     def _released(self, session: Session) -> None:
         """A slot is free: the session ended and everything of it is home (R6)."""
         self._model.forget(session.id)
+        if session.status is Status.DONE:
+            self._chooser.learn(session.arrangement, session.statistics)
         self.admission.released(session)
         self._change()
 

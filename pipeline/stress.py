@@ -11,8 +11,6 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
-from ralmspec.stages.arrangement import Arrangement
-
 from .arrivals import ClosedLoop, OpenLoop
 from .engine import Engine
 from .errors import EngineDead
@@ -22,6 +20,7 @@ from .limits import Limits
 from .metered import MeteredModel, MeteredRetriever
 from .pipeline import Pipeline
 from .simulated import SimulatedModel
+from .speculation import Speculation
 from .stress_client import Client
 from .stress_oracle import Oracle
 from .stress_tally import Ended, Tally
@@ -46,7 +45,7 @@ class Plan:
 
     arrivals: OpenLoop | ClosedLoop
     traffic: Traffic
-    arrangement: Arrangement
+    arrangement: Speculation
     sessions: float = math.inf
     seconds: float = math.inf
     retries: int = 0

@@ -90,11 +90,13 @@ class Check(Message):
     """A step's query, to be put to the knowledge base, and what is needed to judge the step's guess, if it has one.
 
     Where the query was made from a frontier, that comes along: the step's one token, at `position`, can be chosen from
-    it under the guess and under the true documents, with no forward pass. `cache` gets what is found, if there is one.
+    it under the guess and under the true documents, with no forward pass. `documents` are to be found, at least;
+    `cache` gets them, if there is one.
     """
 
     step: int
     query: Query
+    documents: int
     guess: Ranking | None
     position: int
     frontier: Frontier | None

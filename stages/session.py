@@ -217,6 +217,7 @@ class Session:
             epoch=self.epoch,
             step=index,
             query=query,
+            documents=max(self.arrangement.prefetch, self.workload.top_k),
             guess=guess,
             position=start,
             frontier=self.frontier,

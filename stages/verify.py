@@ -22,8 +22,8 @@ Batch = tuple[Check, ...]
 class Verify(CycleStage[Batch, list[Verdict]]):
     """Asks the knowledge base. `run` may be started as often as the retriever allows searches at once.
 
-    `k` documents are asked for. Those that condition a step are in the session's cache before the session acts on the
-    verdict; the wide rest goes through Prefetch.
+    Documents that condition a step are in the session's cache before the session acts on the verdict; the wide rest
+    goes through Prefetch.
     """
 
     def __init__(
@@ -33,13 +33,10 @@ class Verify(CycleStage[Batch, list[Verdict]]):
         workload: BoundWorkload,
         worker: Worker,
         now: Callable[[], float],
-        *,
-        k: int,
     ) -> None:
         super().__init__(sessions, worker, now)
         self._retriever = retriever
         self._workload = workload
-        self._k = k
 
     def take(self, session: Session, turn: Turn) -> Batch | None:
         """The checks that were launched."""
@@ -48,12 +45,13 @@ class Verify(CycleStage[Batch, list[Verdict]]):
     def work(self, batch: list[Batch]) -> list[list[Verdict] | Exception]:
         """One search for the checks of all sessions, validated here at the edge; then what it says of each guess."""
         queries = [check.query for checks in batch for check in checks]
+        k = max(check.documents for checks in batch for check in checks)
         try:
-            rankings = self._retriever.search(queries, self._k)
+            rankings = self._retriever.search(queries, k)
             if len(rankings) != len(queries):
                 raise RetrieverFailed(f"{len(queries)} queries were asked, {len(rankings)} rankings came back")
             for ranking in rankings:
-                validate(ranking, self._k)
+                validate(ranking, k)
         except RetrieverFailed:
             raise
         except Exception as error:

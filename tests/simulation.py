@@ -21,6 +21,7 @@ from faults import STAGES, Bad, deadly
 
 from ralmspec.pipeline import (
     OS3,
+    Adaptive,
     Arrangement,
     Asynchronous,
     Continuous,
@@ -33,6 +34,7 @@ from ralmspec.pipeline import (
     Pipeline,
     RetrieverFailed,
     Sequential,
+    Speculation,
     Synchronous,
 )
 from ralmspec.stages.arrangement import Outlook
@@ -159,7 +161,8 @@ def simulate(luck: Luck) -> Counter[str]:
     chance = random.Random(luck.seed)
     tally: Counter[str] = Counter()
     world = World.of(chance.choice(WORLDS), chance.randrange(3), chance.choice((2, 3)))
-    arrangement = luck.arrangement or chance.choice(ARRANGEMENTS)
+    speculations: list[Speculation] = [*ARRANGEMENTS, Adaptive(), Adaptive()]
+    speculation = luck.arrangement or chance.choice(speculations)
     world.retriever.concurrency = chance.choice((1, 1, 2, 4))
     world.model.max_batch = chance.choice((1, 2, 8, 64))
     world.model.halts = chance.choice((0.0, 0.0, 0.3))
@@ -192,7 +195,7 @@ def simulate(luck: Luck) -> Counter[str]:
         retriever=world.retriever,
         drafter=Guessing(world.retriever) if chance.random() < 0.3 else None,  # type: ignore[arg-type]
         workload=world.workload,
-        speculation=arrangement,
+        speculation=speculation,
         output=output if outside or chance.random() < 0.3 else (),
         limits=limits,
         worker=lambda name, threads: VirtualWorker(name, delay, fault),

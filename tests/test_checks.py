@@ -16,6 +16,7 @@ def check(step: int, epoch: int = 0) -> Check:
         epoch=epoch,
         step=step,
         query=Query(text=""),
+        documents=1,
         guess=None,
         position=step,
         frontier=None,

@@ -103,6 +103,7 @@ def test_guesses_agree_by_their_first_document() -> None:
             epoch=0,
             step=0,
             query=Query(text=""),
+            documents=1,
             guess=guessed,
             position=0,
             frontier=None,

@@ -207,6 +207,7 @@ def test_a_guess_is_right_when_its_token_is() -> None:
             epoch=0,
             step=0,
             query=workload.query([], Frontier(np.zeros(24), np.zeros(4, dtype=np.float32))),
+            documents=1,
             guess=Ranking(np.array([guess]), np.zeros(1, dtype=np.float32)),
             position=0,
             frontier=Frontier(np.zeros(24)),

@@ -9,35 +9,35 @@ from oracle import sequential
 
 from ralmspec.pipeline import (
     OS3,
-    Arrangement,
+    Adaptive,
     Asynchronous,
     Continuous,
     InContext,
     Pipeline,
     Sampling,
     Sequential,
+    Speculation,
     Synchronous,
 )
 
 STRIDES: list[int | OS3] = [1, 3, 8, OS3()]
-ARRANGEMENTS: dict[str, Arrangement] = (
-    {"sequential": Sequential()}
-    | {
+ARRANGEMENTS: dict[str, Speculation] = {
+    "sequential": Sequential(),
+    **{
         f"{kind.__name__.lower()} s={stride if isinstance(stride, int) else 'OS3'} P={prefetch}": kind(
             speculation_stride=stride, prefetch=prefetch
         )
         for kind in (Synchronous, Asynchronous)
         for stride in STRIDES
         for prefetch in (1, 20, 256)
-    }
-    | {
-        "synchronous s=4 token check": Synchronous(speculation_stride=4, token_check=True),
-        "asynchronous s=OS3 token check": Asynchronous(token_check=True),
-        "continuous": Continuous(),
-        "continuous, 3 flights, P=1": Continuous(flights=3, prefetch=1),
-        "continuous, no token check": Continuous(token_check=False),
-    }
-)
+    },
+    "synchronous s=4 token check": Synchronous(speculation_stride=4, token_check=True),
+    "asynchronous s=OS3 token check": Asynchronous(token_check=True),
+    "continuous": Continuous(),
+    "continuous, 3 flights, P=1": Continuous(flights=3, prefetch=1),
+    "continuous, no token check": Continuous(token_check=False),
+    "adaptive": Adaptive(),
+}
 RETRIEVERS: dict[str, Any] = {
     "ordinary": lambda seed: FakeRetriever(documents=300, dimension=8, seed=seed, spread=5),
     "always hits": lambda seed: FakeRetriever(documents=1, seed=seed),
@@ -54,7 +54,7 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS.values(), ids=ARRANGEMENTS.keys())
 @pytest.mark.parametrize("kind", RETRIEVERS)
-async def test_same_tokens_and_documents(arrangement: Arrangement, kind: str) -> None:
+async def test_same_tokens_and_documents(arrangement: Speculation, kind: str) -> None:
     for seed in range(4):
         model = FakeModel(seed=seed, stubborn=(0.0, 0.5, 0.9, 1.0)[seed], ends=seed % 2 == 0)
         retriever = RETRIEVERS[kind](seed)

@@ -16,7 +16,7 @@ from ralmspec.stages.verify import Verify
 def judged(cache: SessionCache, retriever: FakeRetriever, guesses: list[int], prefetch: int) -> list[Verdict]:
     """What Verify says of a batch of checks, one for each guess, and of what is put into the cache."""
     workload = InContext().bind(FakeModel(), retriever)
-    stage = Verify({}, retriever, workload, VirtualWorker("index", lambda name: 0.0), lambda: 0.0, k=prefetch)
+    stage = Verify({}, retriever, workload, VirtualWorker("index", lambda name: 0.0), lambda: 0.0)
     queries = retriever.encode([Query(text=f"{n} {n + 1} {n}") for n in range(len(guesses))])
     checks = tuple(
         Check(
@@ -24,6 +24,7 @@ def judged(cache: SessionCache, retriever: FakeRetriever, guesses: list[int], pr
             epoch=0,
             step=n,
             query=query,
+            documents=prefetch,
             guess=Ranking(np.array([guess]), np.zeros(1, dtype=np.float32)) if guess >= 0 else None,
             position=n,
             frontier=None,

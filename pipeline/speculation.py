@@ -1,0 +1,127 @@
+"""Which arrangement serves a session: always the same one, or the one that has been serving fastest."""
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+from typing import Protocol, runtime_checkable
+
+from ralmspec.stages.arrangement import Arrangement
+from ralmspec.stages.statistics import Statistics
+from ralmspec.stages.stride import OS3
+
+from .arrangements import Continuous, Sequential, Synchronous
+
+
+@runtime_checkable
+class Chooser(Protocol):
+    """Picks an arrangement for each session of one pipeline. Both methods run on the event loop and must be quick."""
+
+    @property
+    def window(self) -> int:
+        """The largest window of what it may choose."""
+        ...
+
+    @property
+    def flights(self) -> int:
+        """The most flights of what it may choose."""
+        ...
+
+    def choose(self) -> Arrangement:
+        """The arrangement of the session that begins now."""
+        ...
+
+    def learn(self, arrangement: Arrangement, statistics: Statistics) -> None:
+        """A session that was served so has come to its end, and well."""
+        ...
+
+
+Speculation = Arrangement | Chooser
+"""What a pipeline can be given: an arrangement for all its sessions, or what chooses one for each."""
+
+
+class Always:
+    """The same arrangement for every session."""
+
+    def __init__(self, arrangement: Arrangement) -> None:
+        self.window = arrangement.window
+        self.flights = arrangement.flights
+        self._arrangement = arrangement
+
+    def choose(self) -> Arrangement:
+        """It."""
+        return self._arrangement
+
+    def learn(self, arrangement: Arrangement, statistics: Statistics) -> None:
+        """Nothing to learn."""
+
+
+class Adaptive:
+    """Serves each session in the arrangement whose last sessions took the least time a step.
+
+    Which one that is depends on what no formula of a and b knows: whether searching and decoding share cores or memory,
+    how many sessions there are, how often guesses are right. So it is measured. `choices` are tried in their order,
+    the first one at once; another only if it could be faster, by what is known of a and b (see `_could_win`), and then
+    by one session in eight until it has a result. The second best is looked at again from time to time, if it is
+    close.
+
+    Without `choices`: `Continuous`, `Synchronous` with OS3 whose γ is not cut at 0.6, and `Sequential`, for searches so
+    cheap that guessing costs more than it saves. `prefetch` is that of the first two.
+
+    It remembers what it has learned as long as it lives; give every pipeline its own.
+    """
+
+    EAGER = 8
+    """Choices between two attempts at what has no result yet."""
+    PATIENT = 24
+    """Choices after which the second best, if within a quarter of the best, is tried again."""
+
+    def __init__(self, choices: Sequence[Arrangement] = (), *, prefetch: int = 256) -> None:
+        self._choices = tuple(choices) or (
+            Continuous(prefetch=prefetch),
+            Synchronous(speculation_stride=OS3(gamma_max=0.99, window=20), prefetch=prefetch, token_check=True),
+            Sequential(),
+        )
+        self.window = max(choice.window for choice in self._choices)
+        self.flights = max(choice.flights for choice in self._choices)
+        self._seconds: dict[Arrangement, deque[float]] = {choice: deque(maxlen=8) for choice in self._choices}
+        self._chosen: dict[Arrangement, int] = {}
+        self._count = 0
+        self._step_s = self._search_s = 0.0
+
+    def choose(self) -> Arrangement:
+        """The fastest so far, or one that might be faster still."""
+        self._count += 1
+        chosen = self._choose()
+        self._chosen[chosen] = self._count
+        return chosen
+
+    def learn(self, arrangement: Arrangement, statistics: Statistics) -> None:
+        """Take in what a session took."""
+        if not statistics.steps or not statistics.kb_calls:
+            return
+        self._seconds[arrangement].append(statistics.latency_s / statistics.steps)
+        self._step_s = statistics.busy_s / statistics.steps
+        self._search_s = statistics.search_s / statistics.kb_calls
+
+    def _choose(self) -> Arrangement:
+        known = sorted((choice for choice in self._choices if self._seconds[choice]), key=self._median)
+        if not known:
+            return self._choices[0]
+        best = known[0]
+        for choice in self._choices:
+            if not self._seconds[choice] and self._rested(choice, self.EAGER) and self._could_win(choice, best):
+                return choice
+        second = known[1] if len(known) > 1 else best
+        close = self._median(second) < 1.25 * self._median(best)
+        return second if close and self._rested(second, self.PATIENT) else best
+
+    def _median(self, choice: Arrangement) -> float:
+        return median(self._seconds[choice])
+
+    def _rested(self, choice: Arrangement, choices: int) -> bool:
+        return self._count - self._chosen.get(choice, -choices) >= choices
+
+    def _could_win(self, choice: Arrangement, best: Arrangement) -> bool:
+        """Whether a step could take less than in the best, at best: half of what a step has taken, which others
+        may have slowed down, and half of a search, shared by as many steps as may wait for one."""
+        return (self._step_s + self._search_s / choice.window) / 2 < self._median(best)

@@ -1,0 +1,170 @@
+"""Which arrangement a pipeline serves its next session in, from what the last ones took."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from clocks import VirtualLoop
+from fakes import FakeModel, FakeRetriever, fixed
+
+from ralmspec.pipeline import (
+    Adaptive,
+    Answer,
+    Arrangement,
+    Continuous,
+    InContext,
+    Limits,
+    Pipeline,
+    RetrieverFailed,
+    Sequential,
+    Speculation,
+    Statistics,
+    Synchronous,
+)
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return "asyncio", {"loop_factory": VirtualLoop}
+
+
+@dataclass
+class World:
+    """Seconds that a step takes in each kind of arrangement; a and b of the machine."""
+
+    seconds: dict[type[Any], float]
+    a: float
+    b: float
+
+    def statistics(self, arrangement: Arrangement) -> Statistics:
+        return Statistics(
+            steps=10,
+            kb_calls=10,
+            latency_s=10 * self.seconds[type(arrangement)],
+            busy_s=10 * self.a,
+            search_s=10 * self.b,
+        )
+
+
+def played(adaptive: Adaptive, world: Callable[[int], World], sessions: int) -> list[type[Any]]:
+    """One session after the other."""
+    chosen = []
+    for number in range(sessions):
+        arrangement = adaptive.choose()
+        chosen.append(type(arrangement))
+        adaptive.learn(arrangement, world(number).statistics(arrangement))
+    return chosen
+
+
+FREE = World({Continuous: 1.2, Synchronous: 1.1, Sequential: 1.0}, a=1.0, b=0.05)
+"""Searching costs next to nothing: guessing only takes time."""
+SHARED = World({Continuous: 4.0, Synchronous: 2.0, Sequential: 3.0}, a=1.5, b=2.0)
+"""Searches slow the model down: they had better not run at the same time."""
+OWN = World({Continuous: 1.3, Synchronous: 2.2, Sequential: 21.0}, a=1.0, b=20.0)
+"""The index has resources of its own."""
+
+
+@pytest.mark.parametrize(
+    ("world", "best"), [(FREE, Sequential), (SHARED, Synchronous), (OWN, Continuous)], ids=["free", "shared", "own"]
+)
+def test_it_settles_for_what_is_fastest(world: World, best: type[Any]) -> None:
+    adaptive = Adaptive()
+    chosen = played(adaptive, lambda number: world, 240)
+    assert chosen[0] is Continuous, "nothing is known yet"
+    assert Counter(chosen[12:])[best] >= 215
+    spent = sum(world.seconds[kind] for kind in chosen[12:]) / len(chosen[12:])
+    assert spent <= 1.01 * world.seconds[best], "looking again at the second best costs next to nothing"
+
+
+def test_what_cannot_win_is_never_tried() -> None:
+    assert Sequential not in played(Adaptive(), lambda number: OWN, 240), "one search takes longer than all of a step"
+
+
+def test_it_follows_when_the_world_changes() -> None:
+    close = World({Continuous: 1.0, Synchronous: 1.2, Sequential: 9.0}, a=0.9, b=9.0)
+    turned = World({Continuous: 3.0, Synchronous: 1.2, Sequential: 9.0}, a=0.9, b=9.0)
+    chosen = played(Adaptive(), lambda number: close if number < 60 else turned, 120)
+    assert Counter(chosen[20:60])[Continuous] >= 37 and Counter(chosen[70:])[Synchronous] >= 47
+
+
+def test_one_slow_session_changes_nothing() -> None:
+    slow = World({Continuous: 50.0, Synchronous: 2.2, Sequential: 21.0}, a=1.0, b=20.0)
+    chosen = played(Adaptive(), lambda number: slow if number == 30 else OWN, 60)
+    assert Counter(chosen[31:])[Continuous] >= 27
+
+
+def test_nothing_else_is_tried_while_nothing_is_known() -> None:
+    """Sixty-four sessions begin at once."""
+    adaptive = Adaptive()
+    assert {type(adaptive.choose()) for _ in range(64)} == {Continuous}
+    adaptive.learn(Continuous(prefetch=256), FREE.statistics(Continuous()))
+    assert Counter(type(adaptive.choose()) for _ in range(16))[Continuous] >= 12, "one in eight tries something"
+
+
+def test_an_arrangement_of_ones_own_may_be_among_the_choices() -> None:
+    choices = (Synchronous(speculation_stride=2), Sequential())
+    adaptive = Adaptive(choices)
+    assert adaptive.window == 3 and adaptive.flights == 1 and adaptive.choose() is choices[0]
+
+
+def test_sessions_that_took_no_step_teach_nothing() -> None:
+    adaptive = Adaptive()
+    adaptive.learn(adaptive.choose(), Statistics())
+    assert isinstance(adaptive.choose(), Continuous)
+
+
+# Real sessions in virtual time -----------------------------------------------------------------------------------
+
+
+async def seconds(speculation: Speculation | None, *, b: float, sessions: int = 24) -> list[Answer]:
+    async with Pipeline(
+        model=FakeModel(ends=False),
+        retriever=FakeRetriever(documents=300, dimension=8, spread=5),
+        workload=InContext(),
+        speculation=speculation,
+        worker=fixed(model=0.1, index=b, encoder=0.02),
+    ) as pipeline:
+        return [await pipeline.complete(f"3 1 {n}", max_new_tokens=40) for n in range(sessions)]
+
+
+@pytest.mark.parametrize("b", [0.001, 0.4, 8.0])
+async def test_it_is_as_fast_as_the_best_after_a_few_sessions(b: float) -> None:
+    took = {}
+    served: dict[str, Speculation | None] = {
+        "sequential": Sequential(),
+        "synchronous": Synchronous(speculation_stride=8, token_check=True),
+        "continuous": Continuous(prefetch=256),
+        "adaptive": None,  # the default
+    }
+    for name, speculation in served.items():
+        answers = await seconds(speculation, b=b)
+        took[name] = sum(answer.statistics.latency_s for answer in answers[8:])
+    assert took["adaptive"] <= 1.05 * min(took.values())
+
+
+async def test_only_sessions_that_ended_well_are_learned_from() -> None:
+    learned = []
+
+    class Noting(Adaptive):
+        def learn(self, arrangement: Arrangement, statistics: Statistics) -> None:
+            learned.append((type(arrangement), statistics.steps))
+
+    class Late(FakeRetriever):
+        def search(self, queries: Any, k: int) -> Any:
+            if len(self.searches) > 5:
+                raise RetrieverFailed("gone")
+            return super().search(queries, k)
+
+    async with Pipeline(
+        model=FakeModel(ends=False),
+        retriever=Late(documents=300),
+        speculation=Noting((Sequential(),)),
+        limits=Limits(sessions=2),
+        worker=fixed(model=0.1, index=0.1),
+    ) as pipeline:
+        await pipeline.complete("3 1", max_new_tokens=8)
+        with pytest.raises(RetrieverFailed):
+            await pipeline.complete("3 1 4", max_new_tokens=40)
+    assert learned == [(Sequential, 2)]
