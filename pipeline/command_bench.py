@@ -1,6 +1,7 @@
 """`ralmspec bench`: what the parts of a served request cost on this machine."""
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +16,14 @@ from ralmspec.retrievers.manifest import Manifest
 
 from . import terminal
 from .batch_cost import BatchCost, batch_costs, real_queries
+from .engine import Engine, EngineOptions
+from .locality import Walker
+from .locality_counts import WIDE, Counts, in_turns, instruments
+from .locality_drafts import KINDS as DRAFT_KINDS
+from .locality_report import figures, markdown, plot, tables
+from .options import NewTokensOption, QuestionsOption, SetsOption, with_options
 from .reports import environment
-from .terminal import ends_in_a_sentence, err, out
+from .terminal import ends_in_a_sentence, err, out, questions_by_set
 from .thread_budget import ThreadBudget
 
 app = typer.Typer(help="Measure what the parts cost here.", no_args_is_help=True)
@@ -69,6 +76,68 @@ def retrieval(
         (out_folder / "retrieval.md").write_text(_markdown(costs, sizes, facts))
         _plot(costs, out_folder / "retrieval.svg")
         err.print(f"written: retrieval.json, retrieval.md and retrieval.svg in {out_folder}")
+
+
+@app.command("locality")
+@with_options(EngineOptions)
+def locality(
+    engine_options: EngineOptions,
+    max_new_tokens: NewTokensOption = 128,
+    sets: SetsOption = "all",
+    questions: QuestionsOption = 100,
+    drafts: Annotated[
+        str, typer.Option(help="Draft indexes over a dense retriever's vectors, with commas; none if empty.")
+    ] = ",".join(DRAFT_KINDS),
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the figures (.json), tables (.md) and a plot (.svg).")
+    ] = None,
+) -> None:
+    """Walk RaLMSeq's path through questions and tell what could have been guessed along it.
+
+    How often guesses from the session's cache, with more or less prefetched, or from approximate indexes beside it are
+    right; whether a wrong guess's tokens survive under the true document (p4); how often no search was needed at all;
+    and how the time of a step splits. Ctrl-C ends it with the questions walked so far.
+    """
+    counts: list[Counts] = []
+    opened: list[Engine] = []
+    with ends_in_a_sentence():
+        if out_folder is not None:
+            _plotter()
+        kinds = [kind.strip() for kind in drafts.split(",") if kind.strip()]
+        try:
+            engine = terminal.load(engine_options)
+            opened.append(engine)
+            chosen = in_turns(questions_by_set(engine, sets, questions))
+            walker = Walker(engine, max_new_tokens=max_new_tokens, wide=WIDE)
+            with err.status("building draft indexes"):
+                tools = instruments(walker, kinds)
+            with terminal.progress("walking", len(chosen)) as tell:
+                for name, question in chosen:
+                    tell(question)
+                    counts.append(tools.measure(name, question))
+        finally:  # what was measured before an interruption is still shown and written
+            if counts:
+                _report_locality(counts, opened[0], max_new_tokens, out_folder)
+
+
+def _report_locality(counts: list[Counts], engine: Engine, max_new_tokens: int, folder: Path | None) -> None:
+    measured = {
+        "questions": len(counts),
+        "questions_by_set": dict(Counter(one.question_set for one in counts)),
+        "max_new_tokens": max_new_tokens,
+        "retriever": engine.description,
+    }
+    facts = environment(**engine.options.facts() | measured)
+    found = figures(counts)
+    for table in tables(found):
+        out.print(table)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        report = {"environment": facts, "figures": [asdict(figure) for figure in found]}
+        (folder / "locality.json").write_text(json.dumps(report, indent=2) + "\n")
+        (folder / "locality.md").write_text(markdown(found, facts))
+        plot(found, folder / "locality.svg", _plotter())
+        err.print(f"written: locality.json, locality.md and locality.svg in {folder}")
 
 
 def _lines(costs: list[BatchCost], sizes: list[int]) -> list[list[str]]:

@@ -94,12 +94,13 @@ def number(text: str, what: str) -> int:
 
 
 def questions_as_typed(sets: str, count: int) -> Callable[[Engine], list[str]]:
-    """The first `count` questions of each set, sets as typed: names with commas, or 'all' for those in the folder."""
+    """The first `count` questions of each set, sets as typed."""
+    return lambda engine: [question for _, question in questions_by_set(engine, sets, count)]
 
-    def choose(engine: Engine) -> list[str]:
-        names = [name.strip() for name in sets.split(",")]
-        if names == ["all"] and engine.questions is not None:
-            names = engine.questions.sets()
-        return [question.question for _, question in choose_questions(engine.questions, names, count)]
 
-    return choose
+def questions_by_set(engine: Engine, sets: str, count: int) -> list[tuple[str, str]]:
+    """The same, each with its set's name. Sets as typed: names with commas, or 'all' for those in the folder."""
+    names = [name.strip() for name in sets.split(",")]
+    if names == ["all"] and engine.questions is not None:
+        names = engine.questions.sets()
+    return [(name, question.question) for name, question in choose_questions(engine.questions, names, count)]

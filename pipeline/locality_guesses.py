@@ -1,0 +1,172 @@
+"""Where a guess at a step's document can come from, tried along a recorded path: session caches and their additions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ralmspec.retrievers.base import Ids, Query, Ranking, Retriever
+from ralmspec.retrievers.cache import SessionCache
+
+from .locality import Path, PathStep, Walker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cached:
+    """A session's cache that holds the first `prefetch` documents of every search so far.
+
+    `neighbours`: with each of them the documents whose ids are one lower and one higher: the passages beside it, where
+    passages are numbered along the text.
+    """
+
+    prefetch: int
+    neighbours: bool = False
+
+    def takes_in(self, ranking: Ranking, documents: int) -> Ids:
+        """What of a search goes into the cache, of so many documents that there are, best first."""
+        found = ranking.top(self.prefetch).ids
+        if not self.neighbours:
+            return found
+        beside = np.concatenate([found, found - 1, found + 1])
+        return beside[(beside >= 0) & (beside < documents)]
+
+    def guesses(self, path: Path, retriever: Retriever, capacity: int) -> list[Ranking]:
+        """A guess for every step but the first, from a cache that knows all searches before it."""
+        cache, made = SessionCache(retriever, capacity), []
+        for step in path.steps:
+            if (guess := cache.best(step.query)) is not None:
+                made.append(guess)
+            self.learn(cache, step.wide, retriever)
+        return made
+
+    def learn(self, cache: SessionCache, ranking: Ranking, retriever: Retriever) -> None:
+        """Put what a search brought into the cache."""
+        ids = self.takes_in(ranking, len(retriever))
+        cache.insert(ids, retriever.rows(ids))
+
+
+@dataclass(slots=True)
+class Drafts:
+    """Steps decoded under guessed documents; each pair of step and document is decoded once."""
+
+    walker: Walker
+    path: Path
+    _made: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+
+    def of(self, number: int, guess: Ranking) -> tuple[int, ...]:
+        """The tokens of this step of the path, had it stood under the guess."""
+        step, key = self.path.steps[number], (number, int(guess.ids[0]))
+        if key not in self._made:
+            self._made[key] = self.walker.draft(self.path.context[: step.begins], guess, len(step.tokens))
+        return self._made[key]
+
+    def surviving(self, number: int, guess: Ranking) -> int:
+        """How many of them, from the first on, equal the true ones."""
+        pairs = zip(self.of(number, guess), self.path.steps[number].tokens, strict=True)
+        return next((same for same, (one, other) in enumerate(pairs) if one != other), len(self.of(number, guess)))
+
+
+def in_strides(
+    path: Path, drafts: Drafts, cached: Cached, capacity: int, *, stride: int, wrong_paths: bool
+) -> list[bool]:
+    """Whether each judged guess was right where verification is synchronous with a fixed speculation stride.
+
+    A round begins at a step whose document is known; the guesses at the `stride` steps after it are made from one cache
+    and then checked together, up to the first wrong one, where the next round begins. So a guess knows less than in
+    `Cached.guesses`. With `wrong_paths`, the cache also takes in what was found by the queries that were formed after a
+    wrong guess: on text drafted under it, and under the guesses after it, to the end of the stride.
+    """
+    retriever = drafts.walker.engine.index
+    cache, judged = SessionCache(retriever, capacity), list[bool]()
+    cached.learn(cache, path.steps[0].wide, retriever)
+    at = 0
+    while at + 1 < len(path.steps):
+        end = min(at + stride, len(path.steps) - 1)
+        stray: Sequence[Query] = ()
+        for number in range(at + 1, end + 1):
+            guess = _best(cache, path.steps[number].query)
+            judged.append(int(guess.ids[0]) == path.steps[number].document)
+            if not judged[-1]:
+                stray = _wrong_path(drafts, cache, number, guess, end - number) if wrong_paths else ()
+                break
+        if stray:  # first, so as not to stay the longest
+            for ranking in retriever.search(stray, cached.prefetch):
+                cached.learn(cache, ranking, retriever)
+        for step in path.steps[at + 1 : number + 1]:
+            cached.learn(cache, step.wide, retriever)
+        at = number
+    return judged
+
+
+def _wrong_path(drafts: Drafts, cache: SessionCache, number: int, guess: Ranking, depth: int) -> list[Query]:
+    """So many queries that are formed after this step was drafted under a wrong guess."""
+    walker, path = drafts.walker, drafts.path
+    if not depth:
+        return []
+    context = [*path.context[: path.steps[number].begins], *drafts.of(number, guess)]
+    queries = [walker.ask(context)]
+    while len(queries) < depth:
+        context += walker.draft(context, _best(cache, queries[-1]), walker.workload.retrieval_stride)
+        queries.append(walker.ask(context))
+    return queries
+
+
+def _best(cache: SessionCache, query: Query) -> Ranking:
+    guess = cache.best(query)
+    assert guess is not None, "the cache knows the first search"
+    return guess
+
+
+def certified(path: Path, retriever: Retriever, widths: Sequence[int], lengths: tuple[float, float]) -> list[list[int]]:
+    """For every step but the first, the widths at which no search was needed to be sure of its document.
+
+    A document x that a search for q with so many results did not bring has an inner product with q of at most the last
+    one's, s: with |q| = 1 the angle between them is at least arccos(s / |x|). For the next query q' that angle is
+    smaller by the angle of q and q' at most, so q'·x is bounded; where the best result of the search for q lies above
+    that bound for q', it is the first document. Tried for each of the last four queries. `lengths` are the least and
+    the largest |x|. Only for an exact index whose scores are inner products.
+    """
+    queries = [_unit(step.query) for step in path.steps]
+    rows = [retriever.rows(step.wide.ids).astype(np.float64) for step in path.steps]
+    short, long = lengths
+    certain: list[list[int]] = []
+    for number in range(1, len(path.steps)):
+        sure = set[int]()
+        for anchor in range(max(0, number - 4), number):
+            turned = np.arccos(np.clip(queries[number] @ queries[anchor], -1, 1))
+            known, asked = rows[anchor] @ queries[anchor], np.maximum.accumulate(rows[anchor] @ queries[number])
+            for width in widths:
+                if width <= len(known):
+                    last = known[:width].min()
+                    nearest = np.arccos(np.clip(last / (short if last > 0 else long), -1, 1))
+                    cosine = np.cos(max(0.0, nearest - turned))
+                    if asked[width - 1] > cosine * (long if cosine > 0 else short) + _SLACK:
+                        sure.add(width)
+        certain.append(sorted(sure))
+    return certain
+
+
+_SLACK = 1e-5
+"""More than float32 scores of vectors of about length 1 can be off."""
+
+
+def _unit(query: Query) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    assert query.vector is not None, "a dense retriever encodes queries"
+    vector = query.vector.astype(np.float64)
+    return np.asarray(vector / np.linalg.norm(vector))
+
+
+def drift(path: Path) -> list[float]:
+    """Cosines of the consecutive queries."""
+    queries = [_unit(step.query) for step in path.steps]
+    return [float(one @ other) for one, other in zip(queries, queries[1:], strict=False)]
+
+
+def same_document(path: Path) -> list[bool]:
+    """Whether each step but the first keeps the document of the step before it."""
+    return [not step.new_document for step in path.steps[1:]]
+
+
+def right(guesses: Sequence[Ranking], steps: Sequence[PathStep]) -> list[bool]:
+    """Which guesses name the true document."""
+    return [int(guess.ids[0]) == step.document for guess, step in zip(guesses, steps, strict=True)]
