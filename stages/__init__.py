@@ -20,8 +20,9 @@ R7   Queues carry turns and hold as many as can be out: one a session, at Verify
      send inside the cycle ever waits. A full queue is a bug, and says so.
 R8   The caller never holds a stage: events wait in a sink of the session's own; too many stop new work of that session.
 R9   Exactly one end: the first `finish` wins. A stream ends with `Done`, and any other end raises.
-R10  Fault scope: one session's fault fails that session, a batch's fault its live members; a dead stage, or a thread
-     that hangs, is the death of the engine: it fails all, refuses new ones, and is no longer ready.
+R10  Fault scope: one session's fault fails that session. A call that several share and that raises is repeated once
+     for each of them alone, so only those fail whose own call does. A dead stage, or a thread that hangs, is the death
+     of the engine: it fails all, refuses new ones, and is no longer ready.
 R11  Draining: admission off, let sessions end until a deadline, finish the rest, wait for thread calls, close.
 R12  Watchdog: a session for which nothing happens although something could is failed, and its state is named.
 

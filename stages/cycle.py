@@ -4,7 +4,8 @@ A stage of the cycle only says three things: what it takes from a session, what 
 worker, and what the session is given of the result. Everything that can go wrong between is settled here, once.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from .errors import InvariantBroken, WorkerLost
@@ -13,6 +14,7 @@ from .request import Status
 from .session import Session
 from .stage import Inbox, Outbox, Worker, take
 
+LOG = logging.getLogger("ralmspec.stages")
 FATAL = (WorkerLost, InvariantBroken)
 """Nobody's fault among the sessions: the stage dies of it, and the engine with the stage (R10)."""
 
@@ -40,7 +42,10 @@ class CycleStage(Generic[Work, Result]):
         return None
 
     def work(self, batch: list[Work]) -> list[Result | Exception]:
-        """In the worker: a result for each, in order; an exception stands for the fault of one session alone."""
+        """In the worker: a result for each, in order; an exception stands for the fault of one session alone.
+
+        One that is raised does not say whose fault it is, so each member of the batch then gets a batch of its own.
+        """
         raise NotImplementedError
 
     def give(self, session: Session, work: Work, result: Result, turn: Turn, start: float) -> None:
@@ -73,22 +78,36 @@ class CycleStage(Generic[Work, Result]):
                         else:
                             self.give(session, work, result, turn, self._now())
             if taken:
-                start = self._now()
-                results = await self._worker.call(self.work, [work for _, _, work in taken])
-                for (turn, session, work), outcome in zip(taken, results, strict=True):
-                    with _fault_of(session):
-                        if not isinstance(outcome, Exception):
-                            self.give(session, work, outcome, turn, start)
-                        elif not session.is_stale(turn.epoch):  # what nobody wants any more cannot fail either (R4)
-                            self.bear(session, work, outcome)
-        except FATAL:
-            raise
-        except Exception as error:  # the batch's fault fails its live members, each with an error of its own (R10)
-            for turn, session, _ in taken:
-                if not session.is_stale(turn.epoch):
-                    session.finish(Status.FAILED, _own(error))
+                await self._settle(taken)
         finally:
             send_home(at_hand, outbox)
+
+    async def _settle(self, taken: Sequence[tuple[Turn, Session, Work]]) -> None:
+        """One call for all of them; if it raises, one for each alone, and whose own call raises bears it (R10)."""
+        start = self._now()
+        outcomes: Sequence[Result | Exception] | None = None
+        try:
+            outcomes = await self._worker.call(self.work, [work for _, _, work in taken])
+        except FATAL:
+            raise
+        except Exception as error:
+            if len(taken) == 1:
+                outcomes = [error]
+            else:
+                what = f"{type(error).__name__}: {error}"  # as text: a log may keep it, but not what the error holds
+                LOG.warning("a call for %d sessions raised %s; each gets a call of its own", len(taken), what)
+        if outcomes is None:
+            for turn, session, work in taken:
+                # Looked up anew, since that also ends a session whose deadline has passed meanwhile.
+                if not self._sessions[turn.session].is_stale(turn.epoch):
+                    await self._settle([(turn, session, work)])
+            return
+        for (turn, session, work), outcome in zip(taken, outcomes, strict=True):
+            with _fault_of(session):
+                if not isinstance(outcome, Exception):
+                    self.give(session, work, outcome, turn, start)
+                elif not session.is_stale(turn.epoch):  # what nobody wants any more cannot fail either (R4)
+                    self.bear(session, work, outcome)
 
 
 def send_home(at_hand: Iterable[tuple[Turn, Session]], outbox: Outbox[Session]) -> None:
@@ -111,13 +130,3 @@ class _fault_of:  # reads as a clause: with _fault_of(session)
             return False
         self._session.finish(Status.FAILED, error)
         return True
-
-
-def _own(error: Exception) -> Exception:
-    """A copy to raise in one caller's task: a shared instance would collect every caller's traceback."""
-    try:
-        copy = type(error)(*error.args)
-    except Exception:  # a constructor of another shape
-        return error
-    copy.__cause__ = error
-    return copy

@@ -6,7 +6,7 @@ from ralmspec.retrievers.base import Ids, Retriever
 from ralmspec.retrievers.cache import SessionCache
 from ralmspec.retrievers.errors import RetrieverFailed
 
-from .cycle import CycleStage
+from .cycle import LOG, CycleStage
 from .messages import Turn
 from .session import Session
 from .stage import Worker
@@ -17,7 +17,7 @@ Wanted = tuple[SessionCache, Ids]
 
 
 class Prefetch(CycleStage[Wanted, int]):
-    """Fetches rows by id. Late or dropped work costs guesses, never outputs."""
+    """Fetches rows by id. Late, dropped or failed work costs guesses, never outputs."""
 
     def __init__(
         self, sessions: Mapping[int, Session], retriever: Retriever, worker: Worker, now: Callable[[], float]
@@ -50,3 +50,7 @@ class Prefetch(CycleStage[Wanted, int]):
     def give(self, session: Session, work: Wanted, result: int, turn: Turn, start: float) -> None:
         """What was fetched is in the cache."""
         session.span("prefetch", start, epoch=turn.epoch, note=f"{result} documents")
+
+    def bear(self, session: Session, work: Wanted, fault: Exception) -> None:
+        """Nothing but guesses is lost: Verify reads the rows that count itself, and fails if they cannot be read."""
+        LOG.warning("prefetching failed, which costs guesses: %s", str(fault))

@@ -26,9 +26,11 @@ from fakes import VirtualWorker
 
 from ralmspec.pipeline import Limits, NotServing, SessionStream, Synchronous, runner
 from ralmspec.pipeline.runner import Runner
-from ralmspec.pipeline.watchdog import Watchdog
+from ralmspec.pipeline.watchdog import OnTime, Watchdog
+from ralmspec.retrievers.errors import RetrieverFailed
 from ralmspec.stages import cycle, generate, switch
 from ralmspec.stages.checks import Checks
+from ralmspec.stages.cycle import CycleStage
 from ralmspec.stages.generate import Generate
 from ralmspec.stages.in_context import BoundInContext
 from ralmspec.stages.load import Load
@@ -270,6 +272,19 @@ def ends_without_saying(finish: Any, self: Session, *arguments: Any) -> None:
         finish(self, *arguments)
 
 
+async def blames_everybody(settle: Any, self: CycleStage[Any, Any], taken: Any) -> None:
+    """Of a call that is made while another one is being settled."""
+    if getattr(self, "settling", False):
+        for _, session, _ in taken:
+            session.finish(Status.FAILED, RetrieverFailed("shared"))
+        return
+    self.settling = True  # type: ignore[attr-defined]
+    try:
+        await settle(self, taken)
+    finally:
+        del self.settling  # type: ignore[attr-defined]
+
+
 def dies_alone(die: Any, self: Runner, *arguments: Any) -> None:
     with Patch.context() as patch:
         patch.setattr(self, "end", nothing)
@@ -427,7 +442,20 @@ MUTANTS = [
            instead(cycle._fault_of, "__exit__", lambda *arguments: False),
            partial(F.test_r10_one_sessions_fault_is_its_own, "score")),
     Mutant("R10", "a batch's fault is the engine's", instead(cycle, "FATAL", (Exception,)),
-           partial(F.test_r10_a_batchs_fault_is_its_members, "index")),
+           partial(F.test_r10_only_who_fails_alone_fails, "index", 1)),
+    *(Mutant("R10", f"a shared call's fault in the {stage} thread is everybody's",
+             around(CycleStage, "_settle", blames_everybody),
+             partial(F.test_r10_a_shared_call_that_raises_is_repeated_for_each_alone, stage))
+      for stage in ("encoder", "model", "index")),
+    Mutant("R10", "what is stale is repeated too", instead(Session, "is_stale", lambda self, epoch: False),
+           partial(F.test_r10_whoever_is_not_there_any_more_is_left_out, "model")),
+    Mutant("R10", "what is late is repeated too",
+           instead(OnTime, "__getitem__", lambda self, id: self._live[id]),
+           F.test_r10_a_deadline_that_passes_while_others_are_repeated_is_kept),
+    Mutant("R10", "what is lost is repeated too", instead(cycle, "FATAL", ()),
+           F.test_r10_of_a_call_that_is_lost_nothing_is_repeated),
+    Mutant("R10", "rows that cannot be prefetched are a fault", instead(Prefetch, "bear", CycleStage.bear),
+           partial(F.test_r10_only_who_fails_alone_fails, "prefetch", 1)),
     Mutant("R10", "a death fails nobody", around(Runner, "_die", dies_alone),
            F.test_r10_readers_are_told_of_a_death_at_once),
     Mutant("R10", "a death stays secret", around(Runner, "_die", dies_in_secret),

@@ -1,6 +1,7 @@
 """`ralmspec stress` as it is typed: its report, its exit codes, and an end by Ctrl-C."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -135,6 +136,16 @@ def test_a_loss_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Session, "finish", bare)
     made, _ = reported(tmp_path / "r.json", "--sessions", "40", "--fault-rate", "0.1", code=1)
     assert made.lost > 0 and made.cases == [f"lost ({made.lost}): LookupError: bare"]
+
+
+def test_faults_made_on_purpose_are_counted_and_not_told_one_by_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger("ralmspec.stages")
+    made, _ = reported(tmp_path / "r.json", "--sessions", "40", "--fault-rate", "0.3")
+    assert any(kind.endswith(("raises", "short")) for kind in made.injected) and made.completed
+    assert not [record for record in caplog.records if record.name == log.name]
+    assert log.isEnabledFor(logging.WARNING), "and afterwards all is as it was"
 
 
 def test_a_leak_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ What other files hold already stands there; those that end in `for_real` and `of
 | F6 a cut during a call | the caller returns, the call ends | `test_threads`, `test_faults_for_real` |
 | F7 a cut before the first token | nothing kept | `test_rules.test_r1_a_slot_...`, `test_faults_for_real` |
 | F8 late results | dropped as stale | `test_rules.test_r4_...`, `test_f8_...` here |
-| F9 the retriever raises | bounded retry, its batch fails | `test_retrying`, `test_faults_of_knowledge` |
+| F9 the retriever raises | bounded retry, then each alone | `test_retrying`, `test_faults_of_knowledge` |
 | F10 the retriever answers nonsense | typed failure, no death | `test_faults_of_knowledge` |
-| F11 the model raises | that batch fails, memory is freed | `test_rules_of_faults`, `test_faults_for_real` |
+| F11 the model raises | each alone, memory is freed | `test_rules_of_faults`, `test_faults_for_real` |
 | F12 a stage dies | everybody is told, the process fails | `test_faults_for_real`, `test_faults_of_processes` |
 | F13 a call hangs | deadlines hold, leaving ends | `test_rules_of_time`, `test_shutdown`, `test_faults_for_real` |
 | F17 deadlines | no work is begun after one | `test_rules_of_time`, `test_admission`, `test_faults_of_time` |
@@ -29,6 +29,7 @@ What other files hold already stands there; those that end in `for_real` and `of
 
 import asyncio
 import gc
+import logging
 import tracemalloc
 from collections import Counter
 from typing import Any
@@ -131,11 +132,12 @@ def test_f4_twenty_schedules_of_every_cut(way: str) -> None:
         assert at > 6
 
 
-def test_f5_cancels_and_faults_leak_nothing() -> None:
+def test_f5_cancels_and_faults_leak_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """5 % cancels, 2 % faults: what is not hit is exact, and memory stays below 16 bytes a session.
 
     The same runs are made three times, since models, oracle and interpreter remember what they have seen.
     """
+    caplog.set_level(logging.ERROR, "ralmspec.stages")  # what is logged is kept by the test runner
     seeds = range(500_000, 500_000 + max(6, SESSIONS // 1500))
 
     def once() -> Counter[str]:
@@ -151,7 +153,7 @@ def test_f5_cancels_and_faults_leak_nothing() -> None:
         return sum(line.size for line in tracemalloc.take_snapshot().filter_traces(ours).statistics("filename"))
 
     tally = once()
-    assert tally["completed"] > 0.5 * tally["sessions"] and tally["cancelled"] and tally["faults"]
+    assert tally["completed"] > 0.7 * tally["sessions"] and tally["cancelled"] and tally["faults"]
     tracemalloc.start()
     try:
         once()

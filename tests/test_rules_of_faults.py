@@ -1,7 +1,7 @@
 """Rule R10 of the cycle: who a fault hits, and what a death is. See `test_rules.py`."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -9,23 +9,39 @@ import anyio
 import numpy as np
 import pytest
 from clocks import run
-from fakes import VOCABULARY, AlwaysMisses, FakeModel, FakeRetriever, Workers, draw, fixed
+from fakes import (
+    VOCABULARY,
+    AlwaysMisses,
+    Arguments,
+    FakeModel,
+    FakeRetriever,
+    Result,
+    VirtualWorker,
+    Workers,
+    draw,
+    fixed,
+)
 from faults import STAGES, Bad, deadly
 from oracle import sequential
-from scenes import PROMPT, TOKENS, Lingers, exact, opened, until
+from scenes import PROMPT, TOKENS, Lingers, exact, opened
 
 from ralmspec.pipeline import (
+    Answer,
     Arrangement,
     Asynchronous,
+    Cancelled,
     Continuous,
+    DeadlineExceeded,
     EngineDead,
     ModelFailed,
     Ranking,
     RetrieverFailed,
     Sequential,
+    SessionStream,
     Synchronous,
 )
 from ralmspec.retrievers.base import Ids, Query, Scores
+from ralmspec.stages.errors import WorkerLost
 from ralmspec.stages.model import Frontier, Prefix, token_by_token
 from ralmspec.stages.verify import Verify
 
@@ -35,11 +51,23 @@ UNLUCKY = "9 9 9"
 
 
 class Choosy(FakeRetriever):
-    """Cannot score the question of one session."""
+    """Cannot score the question of one session, or raises for whoever is in a call with it."""
 
     def __init__(self, where: str) -> None:
         super().__init__(documents=1)
         self.where = where
+
+    def encode(self, queries: Sequence[Query]) -> list[Query]:
+        self._refuse("encode", queries)
+        return super().encode(queries)
+
+    def search(self, queries: Sequence[Query], k: int) -> list[Ranking]:
+        self._refuse("search", queries)
+        return super().search(queries, k)
+
+    def _refuse(self, where: str, queries: Sequence[Query]) -> None:
+        if self.where == where and any(query.text.startswith(f"{UNLUCKY} ") for query in queries):
+            raise ValueError(where)
 
     def score(self, query: Any, rows: Any) -> Any:
         if self.where == "score" and query.text.startswith(f"{UNLUCKY} ") and isinstance(rows, np.ndarray):
@@ -74,12 +102,16 @@ class Moody(FakeModel):
         for place, prefix in enumerate(prefixes):
             if bytes([9, 9, 9]) in bytes(prefix.tokens.tolist()):
                 self.together += len(prefixes) > 1
+                if self.where == "pass" and len(prefix.tokens) > 10:
+                    raise ValueError("pass")
                 if self.where == "logits" and len(prefix.tokens) > 10:
                     frontiers[place] = token_by_token(prefix, lambda tokens: Frontier(np.full(VOCABULARY, np.nan)))
         return frontiers
 
 
-@pytest.mark.parametrize("where", ["query", "score", "logits", "text when decoded", "text when judged"])
+@pytest.mark.parametrize(
+    "where", ["query", "encode", "search", "pass", "score", "logits", "text when decoded", "text when judged"]
+)
 def test_r10_one_sessions_fault_is_its_own(where: str) -> None:
     """Sessions that are together in every batch, one of which cannot be served: the others must not notice."""
     run(one_unlucky, where)
@@ -87,8 +119,8 @@ def test_r10_one_sessions_fault_is_its_own(where: str) -> None:
 
 async def one_unlucky(where: str) -> None:
     model, retriever = Moody(where), Choosy(where)
-    truth = sequential(model, retriever, [9, 9, 9], max_new_tokens=4, retrieval_stride=2)[0]
-    model.unwritable = truth if where.startswith("text") else []
+    if where.startswith("text"):
+        model.unwritable = sequential(model, retriever, [9, 9, 9], max_new_tokens=4, retrieval_stride=2)[0]
     pipeline = opened(
         model=model,
         retriever=retriever,
@@ -128,19 +160,22 @@ class Wrong(FakeRetriever):
 
 
 class Cannot(FakeModel):
-    """Cannot read anything under one document: it raises in a thread call, for this session alone."""
+    """Cannot read anything under one document: it fails the prefix, or raises."""
 
-    def __init__(self, document: int) -> None:
+    def __init__(self, document: int, raises: bool = False) -> None:
         super().__init__(ends=False)
         self.document = document
+        self.raises = raises
         self.refused = 0
 
     def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier | Exception | None]:
         outcomes = super().forward(prefixes)
         for place, prefix in enumerate(prefixes):
             if prefix.tokens[0] == self.document % VOCABULARY and prefix.tokens[1] == self.document // VOCABULARY:
-                outcomes[place] = ModelFailed("cannot read this")
                 self.refused += 1
+                outcomes[place] = ModelFailed("cannot read this")
+                if self.raises:
+                    raise ValueError("cannot read this")
         return outcomes
 
 
@@ -154,9 +189,12 @@ class Cannot(FakeModel):
     ids=lambda speculation: type(speculation).__name__,
 )
 @pytest.mark.parametrize("seconds", [{"model": 0.1, "index": 0.25}, {"model": 0.1, "index": 0.01}, {"model": 0.1}])
-def test_r10_a_guess_that_cannot_be_written_under_is_no_fault(speculation: Arrangement, seconds: Any) -> None:
+@pytest.mark.parametrize("raises", [False, True], ids=["fails it", "raises"])
+def test_r10_a_guess_that_cannot_be_written_under_is_no_fault(
+    speculation: Arrangement, seconds: Any, raises: bool
+) -> None:
     """Sequential serving would never have met it: so the answer is the same, and nobody fails."""
-    model = Cannot(document=0)
+    model = Cannot(document=0, raises=raises)
 
     async def main() -> None:
         async with opened(
@@ -212,38 +250,165 @@ def test_r10_what_cannot_be_written_under_the_truth_is_one() -> None:
     run(main)
 
 
-@pytest.mark.parametrize("stage", ["encoder", "model", "index", "prefetch"])
-def test_r10_a_batchs_fault_is_its_members(stage: str) -> None:
-    """Two sessions are in the call that fails; one that comes later, and the engine, do not notice."""
-    run(one_bad_call, stage)
+class Together(VirtualWorker):
+    """Notes whom each call is for. The first one for three sessions raises while `meanwhile` happens, and so does the
+    `unlucky`-th of those that follow it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, lambda name: 0.1, self._raise)
+        self.batches: list[list[Any]] = []
+        self.shared = 0
+        self.armed = False
+        self.unlucky = 0
+        self.meanwhile: Callable[[], object] = lambda: None
+        self.error: Exception = ModelFailed("shared") if name == "model" else RetrieverFailed("shared")
+
+    async def call(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        batch: Any = arguments[0]
+        self.batches.append(batch)
+        return await super().call(work, *arguments)
+
+    def _raise(self, name: str) -> None:
+        if self.armed and not self.shared and len(self.batches[-1]) == 3:
+            self.shared = len(self.batches)
+            self.meanwhile()
+            raise self.error
+        if self.shared and len(self.batches) == self.shared + self.unlucky:
+            raise RetrieverFailed("own")
+
+    @property
+    def repeated(self) -> list[Any]:
+        """Of the work of the call that raised, all for which there was a call of its own afterwards."""
+        alone = [batch[0] for batch in self.batches[self.shared :] if len(batch) == 1]
+        return [work for work in self.batches[self.shared - 1] if sum(work is other for other in alone) == 1]
 
 
-async def one_bad_call(stage: str) -> None:
-    workers = Workers(model=0.1, index=0.1, encoder=0.1, prefetch=0.1)
+async def four(worker: Together) -> tuple[list[Answer], list[str]]:
+    """Four sessions, three of which move in step and share their calls: answers, and what became of the others."""
+    answers, failed = list[Answer](), list[str]()
     model = FakeModel(ends=False)
     model.max_batch = 8
-    failed = 0
 
-    def fault(name: str) -> None:
-        workers[stage].fault = lambda name: None
-        raise (ModelFailed if name == "model" else RetrieverFailed)("once")
+    async def one(prompt: str) -> None:
+        try:
+            answers.append(await exact(pipeline, prompt))
+        except (RetrieverFailed, DeadlineExceeded, Cancelled) as error:
+            failed.append(str(error))
 
-    async def fail() -> None:
-        nonlocal failed
-        with pytest.raises((ModelFailed, RetrieverFailed), match="once"):
-            await exact(pipeline)
-        failed += 1
-
-    pipeline = opened(model=model, worker=workers)
+    workers = Workers(model=0.1, index=0.1, encoder=0.1, prefetch=0.1)
+    pipeline = opened(
+        model=model,
+        worker=lambda name, threads: worker if name == worker.name else workers(name, threads),
+        speculation=Synchronous(speculation_stride=2),
+    )
     async with pipeline:
-        workers[stage].fault = fault
         async with anyio.create_task_group() as callers:
-            callers.start_soon(fail)
-            await until(lambda: failed)
-        async with anyio.create_task_group() as callers:
-            callers.start_soon(exact, pipeline)
-            callers.start_soon(exact, pipeline, "2 7 1 8")
+            for prompt in ("3 1 4", "2 7 1", "5 3 5", "1 6 1"):
+                callers.start_soon(one, prompt)
+        await exact(pipeline)
         assert pipeline.ready
+    return answers, failed
+
+
+def counted(answers: list[Answer]) -> list[tuple[int, ...]]:
+    return sorted((a.statistics.kb_calls, a.statistics.kb_queries, a.statistics.rollbacks) for a in answers)
+
+
+SHARED = ["encoder", "model", "index", "prefetch"]
+
+
+@pytest.mark.parametrize("stage", SHARED)
+def test_r10_a_shared_call_that_raises_is_repeated_for_each_alone(stage: str) -> None:
+    """Nobody fails, all outputs are right, and no section has run twice: the same searches and rollbacks as ever."""
+    calm, hit = Together(stage), Together(stage)
+    hit.armed = True
+    (usual, _), (answers, failed) = run(four, calm), run(four, hit)
+    assert hit.shared and len(hit.repeated) == 3 and not failed
+    assert stage == "prefetch" or counted(answers) == counted(usual)
+    waits = hit.log[hit.shared : hit.shared + 3]
+    assert [end - start for start, end in waits] == pytest.approx([0.1] * 3), "that is what it costs"
+
+
+@pytest.mark.parametrize("stage", SHARED)
+@pytest.mark.parametrize("unlucky", [1, 2, 3])
+def test_r10_only_who_fails_alone_fails(stage: str, unlucky: int) -> None:
+    """Wherever it stands in the batch; what is prefetched feeds guesses only, and costs nobody more than those."""
+    worker = Together(stage)
+    worker.armed, worker.unlucky = True, unlucky
+    answers, failed = run(four, worker)
+    assert len(worker.repeated) == 3 and failed == ([] if stage == "prefetch" else ["own"])
+    assert len(answers) == 4 - len(failed)
+
+
+@pytest.mark.parametrize("stage", SHARED)
+def test_r10_whoever_is_not_there_any_more_is_left_out(stage: str) -> None:
+    """One member of the call that raises is cancelled meanwhile: it gets none of its own, and the others do."""
+    worker = Together(stage)
+    worker.armed = True
+    streams: list[SessionStream] = []
+    entering = SessionStream.__aenter__
+
+    async def noted(self: SessionStream) -> SessionStream:
+        streams.append(self)
+        return await entering(self)
+
+    worker.meanwhile = lambda: streams[2].cancel()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SessionStream, "__aenter__", noted)
+        answers, failed = run(four, worker)
+    assert worker.shared and len(worker.repeated) == 2
+    assert len(answers) == 3 and len(failed) == 1
+
+
+def test_r10_a_deadline_that_passes_while_others_are_repeated_is_kept() -> None:
+    """Its session gets no call of its own then, not even where the loop was busy when the deadline came."""
+
+    async def scenario(deadline: float) -> None:
+        class OneAtATime(FakeRetriever):
+            def search(self, queries: Sequence[Query], k: int) -> list[Ranking]:
+                if len(queries) > 1:
+                    raise RetrieverFailed("shared")
+                return super().search(queries, k)
+
+        async def late() -> None:
+            with pytest.raises(DeadlineExceeded):
+                await pipeline.complete("5 3 5", deadline_s=deadline - 0.01)
+            assert deadline <= anyio.current_time() < deadline + 0.01
+
+        def busy() -> None:
+            loop.clock.now += 0.02
+
+        retriever, workers = OneAtATime(documents=40, seed=1, spread=4), Workers(model=0.1, index=1.0)
+        pipeline = opened(retriever=retriever, speculation=Sequential(), worker=workers)
+        loop: Any = asyncio.get_running_loop()
+        loop.call_at(2.99, busy)
+        async with pipeline, anyio.create_task_group() as callers:
+            callers.start_soon(exact, pipeline, PROMPT, 2)
+            await anyio.sleep(0.01)
+            callers.start_soon(exact, pipeline, "2 7 1", 2)  # these two share the second search, from 1 s on
+            callers.start_soon(late)
+        assert [begun for begun, _ in workers["index"].log] == pytest.approx([0, 1, 2])
+
+    run(scenario, 2.5)  # it waits for its own while that of the other runs, from 2 to 3 s
+    run(scenario, 3.005)
+
+
+def test_r10_of_a_call_that_is_lost_nothing_is_repeated() -> None:
+    """Its thread still runs it: whoever called again would wait for that thread."""
+    worker = Together("index")
+    worker.armed, worker.error = True, WorkerLost("hangs")
+    with pytest.raises(ExceptionGroup) as death:
+        run(four, worker)
+    assert death.group_contains(EngineDead, match="hangs")
+    assert worker.shared == len(worker.batches)
+
+
+def test_r10_what_is_repeated_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    worker = Together("index")
+    worker.armed, worker.unlucky = True, 2
+    run(four, worker)
+    (said,) = caplog.messages
+    assert "3 sessions" in said and "RetrieverFailed: shared" in said
 
 
 @pytest.mark.parametrize("dying", ["Lookup", "Generate", "Verify", "Prefetch", "output"])
