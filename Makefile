@@ -3,6 +3,7 @@
 #   make install PYTHON=python3.12            another interpreter (3.11 or later)
 #   make install PIP_ARGS="..."               more arguments for pip, such as an index of CPU-only builds of torch
 #   make test PYTEST_ARGS="-k layers -x"      more arguments for pytest
+#   make stress STRESS_ARGS="--sessions 1000" other sessions than the 10,000, and other arguments for ralmspec stress
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -50,10 +51,11 @@ test: $(READY) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 FAULTS := --cancel-rate 0.05 --fault-rate 0.02
+STRESS_ARGS ?= --sessions 10000
 SOAK_SECONDS ?= 3600
 
 stress: $(READY) ## 10,000 simulated sessions with cancels and faults: none lost, none wrong, nothing leaked
-	$(BIN)/ralmspec stress --simulate --sessions 10000 $(FAULTS)
+	$(BIN)/ralmspec stress --simulate $(FAULTS) $(STRESS_ARGS)
 
 soak: $(READY) ## 100,000 simulated sessions, then SOAK_SECONDS (an hour) of the bundled model, with faults; reports in out/
 	mkdir -p out

@@ -131,6 +131,7 @@ def main(
     simulate: Annotated[bool, typer.Option("--simulate", help="SIMULATION: an engine that only sleeps.")] = False,
     slots: Annotated[int, typer.Option(min=1, help="Sessions live at once.")] = 64,
     waiting: Annotated[int, typer.Option(min=0, help="Clients in the waiting room.")] = 64,
+    patience: Annotated[float, typer.Option(min=0.01, help="Seconds that they may be expected to wait.")] = math.inf,
     seconds: Annotated[float, typer.Option(min=0.1, help="Time of the surge.")] = 60.0,
     calm: Annotated[float, typer.Option(min=0.1, help="Time for the peak, before the surge, and after it.")] = 20.0,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts that clients choose from.")] = 16,
@@ -148,7 +149,7 @@ def main(
     )
     simulated = SimulatedModel(batch=max_batch, pass_s=0.005, session_s=0.0005)
     engine = simulated_engine(options, simulated) if simulate else open_engine(options)
-    limits = replace(engine.limits, sessions=slots, waiting=waiting)
+    limits = replace(engine.limits, sessions=slots, waiting=waiting, patience_s=patience)
     asked = mixed_prompts(engine, prompts, seed)
     oracle = anyio.run(partial(right_answers, engine, asked, max_new_tokens=max_new_tokens, sampling=Sampling()))
 
@@ -181,7 +182,8 @@ def main(
     Console(width=150).print(said, markup=False, highlight=False)
     if out is not None:
         facts = made.environment
-        head = f"{facts['retriever']}; {slots} slots, {waiting} may wait. {facts['date']}, {facts['machine']}."
+        room = f"{slots} slots, {waiting} may wait" + ("" if math.isinf(patience) else f", for {patience:g} s at most")
+        head = f"{facts['retriever']}; {room}. {facts['date']}, {facts['machine']}."
         out.with_suffix(".md").write_text(f"{head}\n\n{said}\n")
         everything = asdict(found) | {"made": made.model_dump(mode="json")}
         out.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")

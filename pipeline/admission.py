@@ -31,7 +31,8 @@ class Admission:
 
     Two bounds hold for what is live: `Limits.sessions` slots, and `kv_tokens` tokens of KV memory, of which a session
     takes all that it may ever need, `room` tokens and its new ones, until its slot is free (R6). Who does not fit waits
-    in front, in a room of `Limits.waiting` places; nobody overtakes, so a large request is not starved by small ones.
+    in front, in a room of `Limits.waiting` places, and is let in only if its turn is expected within its deadline and
+    within `Limits.patience_s`; nobody overtakes, so a large request is not starved by small ones.
     What is held is counted from the `live` sessions each time, so nothing can be forgotten when it is given back.
     """
 
@@ -92,9 +93,14 @@ class Admission:
         if len(self._places) >= self._limits.waiting:
             full = f"and the waiting room is full ({len(self._places)} of {self._limits.waiting} places)"
             raise Overloaded(f"{why}, {full}: {again}", retry_after_s=hint_s)
-        if wait_s is not None and anyio.current_time() + wait_s > deadline:
-            late = f"and the turn of this request would come in about {wait_s:.2g} s, after its deadline"
-            raise Overloaded(f"{why}, {late}: {again}", retry_after_s=hint_s)
+        if wait_s is None:
+            return
+        turn = f"and the turn of this request would come in about {wait_s:.2g} s"
+        if anyio.current_time() + wait_s > deadline:
+            raise Overloaded(f"{why}, {turn}, after its deadline: {again}", retry_after_s=hint_s)
+        if wait_s > self._limits.patience_s:
+            over = f"over Limits(patience_s={self._limits.patience_s:g})"
+            raise Overloaded(f"{why}, {turn}, {over}: {again}", retry_after_s=hint_s)
 
     def released(self, session: Session) -> None:
         """A session is no longer live: what it held is free, and whoever is first may fit now."""

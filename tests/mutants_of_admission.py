@@ -13,7 +13,7 @@ import test_leaving_the_room as leaving_rules
 import test_rules as cycle_rules
 from mutants import Mutant, Patch, around, instead, nothing
 
-from ralmspec.pipeline import watchdog
+from ralmspec.pipeline import Limits, watchdog
 from ralmspec.pipeline.admission import Admission, _Place
 from ralmspec.pipeline.watchdog import OnTime
 
@@ -93,6 +93,8 @@ MUTANTS = [
            A.test_the_deadline_counts_from_entering_and_passes_in_the_room),
     Mutant("R1", "hopeless waits are waited for", instead(Admission, "_expected_wait_s", lambda self, need: None),
            A.test_a_hopeless_wait_is_refused_at_once),
+    Mutant("R1", "patience has no end", instead(Limits, "patience_s", property(lambda self: float("inf"), nothing)),
+           A.test_nobody_is_let_wait_for_longer_than_the_pipelines_patience),
     Mutant("R6", "a free slot calls nobody", instead(Admission, "released", nothing),
            A.test_who_finds_no_slot_waits_and_is_let_in_in_the_order_of_coming),
     Mutant("R6", "KV memory is never given back", never_gives_back, A.test_kv_memory_bounds_who_is_live),

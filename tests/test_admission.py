@@ -197,6 +197,40 @@ def test_a_hopeless_wait_is_refused_at_once() -> None:
     run(scenario)
 
 
+def test_nobody_is_let_wait_for_longer_than_the_pipelines_patience() -> None:
+    """Sessions take ten seconds, one at a time, and fifteen may be waited: so one may wait, however many places there
+    are; and whoever comes when there is a slot is let in, whatever they took lately."""
+
+    async def scenario() -> None:
+        async def ten_seconds(pipeline: Pipeline) -> None:
+            async with pipeline.session(PROMPT, max_new_tokens=400):
+                begun.append(anyio.current_time())
+                await anyio.sleep(10)
+
+        begun: list[float] = []
+        limits = Limits(sessions=1, waiting=8, patience_s=15)
+        async with opened(limits=limits) as pipeline, anyio.create_task_group() as callers:
+            await ten_seconds(pipeline)
+            await until(lambda: not pipeline.live_sessions)
+            callers.start_soon(ten_seconds, pipeline)
+            await anyio.sleep(0.01)
+            callers.start_soon(ten_seconds, pipeline)
+            await anyio.sleep(0.01)
+            came = anyio.current_time()
+            with pytest.raises(Overloaded, match=r"in about 20 s, over Limits\(patience_s=15\)") as refusal:
+                await pipeline.complete(PROMPT)
+            assert anyio.current_time() == came and pipeline.waiting_sessions == 1
+            assert refusal.value.retry_after_s == pytest.approx(20, rel=0.05)
+            await anyio.sleep(11)
+            async with pipeline.session(PROMPT):  # now there is only one in front of it
+                assert anyio.current_time() < came + 21
+        assert len(begun) == 3
+
+    run(scenario)
+    for seed in range(5):
+        run(scenario, seed=seed)
+
+
 def test_the_hint_is_when_all_who_wait_will_have_been_let_in() -> None:
     """Sixteen are served, four at a time; who comes back after the hint finds a place in the room, or a slot."""
 
@@ -223,6 +257,12 @@ def test_the_hint_is_when_all_who_wait_will_have_been_let_in() -> None:
 
 def test_limits_refuse_what_makes_no_sense() -> None:
     assert Limits(waiting=0, lag_alarm_s=0)
-    for wrong in ({"waiting": -1}, {"lag_alarm_s": -0.1}, {"sessions": 0}, {"drain_s": float("nan")}):
+    for wrong in (
+        {"waiting": -1},
+        {"lag_alarm_s": -0.1},
+        {"sessions": 0},
+        {"drain_s": float("nan")},
+        {"patience_s": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Limits(**wrong)

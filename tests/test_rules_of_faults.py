@@ -264,8 +264,8 @@ class Together(VirtualWorker):
         self.error: Exception = ModelFailed("shared") if name == "model" else RetrieverFailed("shared")
 
     async def call(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-        batch: Any = arguments[0]
-        self.batches.append(batch)
+        given: Any = arguments
+        self.batches += given
         return await super().call(work, *arguments)
 
     def _raise(self, name: str) -> None:
