@@ -2,11 +2,13 @@
 left of it afterwards.
 
     python benchmarks/overload.py
+    python benchmarks/overload.py --slots 16 --patience 1
     python benchmarks/overload.py --model FOLDER --data FOLDER --seconds 60 --calm 60 --out overload
 
 A closed loop with every slot taken gives the peak rate, and the service level: good is what comes within three times of
-what 99 of 100 sessions took there, to the first token and to the end. Then clients come by the clock, whether or not
-they can be served: at 0.7 of the peak rate, at five times of it, and at 0.7 again; without retries.
+what 99 of 100 sessions took there, to the first token and to the end. Nobody waits for a slot there; in what follows the
+wait counts. Clients come by the clock, whether or not they can be served: at 0.7 of the peak rate, at five times of it,
+and at 0.7 again; without retries.
 
 Needs ralmspec[demo], or --simulate, and ralmspec[bench] for the plot of --out.
 """

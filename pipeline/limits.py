@@ -13,8 +13,8 @@ class Limits:
     waiting: int = 64
     """Requests that wait for a slot or for KV memory; one more is refused with `Overloaded`. 0: nobody waits."""
     patience_s: float = math.inf
-    """Nobody is let wait for longer: who would, by how long slots have been held lately, is refused at once. After an
-    overload, what waits is worked off with what the normal load leaves free: at a load of 0.7, this time over 0.3."""
+    """Who would wait for longer, by how long slots have been held lately, is refused at once. Until a slot has been
+    freed, only `waiting` counts."""
     cached_documents: int = 4096
     """Documents a session's cache holds (LRU beyond)."""
     unread_events: int = 64

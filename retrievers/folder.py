@@ -58,8 +58,8 @@ def build_folder(
     what the result follows from besides the sources' contents: what an earlier run left must have been begun with the
     same. Blocking.
 
-    Raises `BadKnowledge` for a folder that exists, a source that does not, an unfinished build with another plan, or a
-    build that is running there now.
+    Raises `BadKnowledge` for a folder that exists, a source that does not, an unfinished build with another plan, a
+    build that is running there now, or one whose work is taken away meanwhile.
     """
     if folder.exists():
         raise BadKnowledge(f"{folder}: exists already; give another folder, or take it away")
@@ -113,6 +113,10 @@ def _alone(work: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise BadKnowledge(f"{work}: another build is running there; wait for it") from None
+    except OSError as error:
+        if work.exists():
+            raise
+        raise BadKnowledge(f"{work}: was taken away while it was being built; build again") from error
 
 
 def _agree(work: Path, content: Content, plan: dict[str, Any]) -> None:

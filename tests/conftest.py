@@ -1,5 +1,6 @@
 """What every test stands on: `ralmspec` can be imported, and nothing of it is left running afterwards."""
 
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ if find_spec("ralmspec") is None:  # straight after a clone, before anything was
     namespace = ModuleType("ralmspec")
     namespace.__path__ = [str(Path(__file__).parents[1])]
     sys.modules["ralmspec"] = namespace
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # shells start jobs in the background so; their children inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

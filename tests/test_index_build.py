@@ -4,6 +4,7 @@ import filecmp
 import gzip
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -261,6 +262,18 @@ def test_vectors_of_another_encoder_are_refused(copy: Path) -> None:
 
     with pytest.raises(BadKnowledge, match="made by 'minilm' with other weights than 'other'"):
         open_index(copy, "exact", encoder=Other())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("part", ["passages", "vectors", "bm25", "checksums"])
+def test_a_build_whose_work_is_taken_away_says_so(source: Path, embeddings: Path, tmp_path: Path, part: str) -> None:
+    def tell(name: str, done: int, total: int) -> None:
+        if name == part:
+            shutil.rmtree(tmp_path / "index.building", ignore_errors=True)
+
+    options = BuildOptions(kinds=("exact", "bm25"), embeddings=embeddings)
+    with pytest.raises(BadKnowledge, match=r"index\.building: was taken away while it was being built"):
+        build_index(source, tmp_path / "index", options, tell=tell)
+    build_index(source, tmp_path / "index", options)
 
 
 @pytest.mark.parametrize("options", [{"kinds": ("flat",)}, {"kinds": ()}, {"storage": "int8"}])

@@ -55,14 +55,16 @@ def test_overload_surges_and_recovers(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs ralmspec[bench]")
     out = tmp_path / "overload"
     said = shown(
-        "overload", "--slots", "8", "--waiting", "4", "--seconds", "1.5", "--calm", "1", "--out", str(out)
+        "overload", "--slots", "8", "--waiting", "4", "--patience", "5", "--seconds", "1.5", "--calm", "1",
+        "--out", str(out),
     )  # fmt: skip
     made = json.loads(out.with_suffix(".json").read_text())
     assert made["peak"] > 0 and made["made"]["refused"] > 0
     assert made["share"] == pytest.approx(made["surge"] / made["peak"])
     assert (made["made"]["lost"], made["made"]["wrong"], made["made"]["leaked"]) == (0, 0, 0)
     assert len(made["good_each_second"]) == 4 and sum(made["good_each_second"]) > 0
-    assert "SIMULATED" in said and "refused" in out.with_suffix(".md").read_text()
+    text = out.with_suffix(".md").read_text()
+    assert "SIMULATED" in said and "refused" in text and "8 slots, 4 may wait, for 5 s at most." in text
     assert out.with_suffix(".svg").stat().st_size > 1000
 
 
