@@ -6,7 +6,7 @@ left of it afterwards.
     python benchmarks/overload.py --model FOLDER --data FOLDER --seconds 60 --calm 60 --out overload
 
 A closed loop with every slot taken gives the peak rate, and the service level: good is what comes within three times of
-what 99 of 100 sessions took there, to the first token and to the end. Nobody waits for a slot there; in what follows the
+what 99 of 100 sessions took there, to the first token and to the end. Nobody waits for a slot there; from then on the
 wait counts. Clients come by the clock, whether or not they can be served: at 0.7 of the peak rate, at five times of it,
 and at 0.7 again; without retries.
 
