@@ -129,6 +129,7 @@ def main(
     entries: Annotated[int, typer.Option(min=1000, help="Entries of the bundled datastore.")] = 20_000,
     settings: Annotated[Path | None, typer.Option(help="What `ralmspec knn tune --json` has written.")] = None,
     retriever: Annotated[str, typer.Option(help="exact, hnsw or ivf.")] = "exact",
+    drafter: Annotated[str, typer.Option(help="Another kind, which guesses beside the cache in 'continuous'.")] = "",
     memory: Annotated[Memory, typer.Option(help="map, copy or float32; see `ralmspec knn compare`.")] = "copy",
     ratio: Annotated[float, typer.Option(help="b/a of the simulated retriever; 0: the index as it is here.")] = 20.0,
     concurrency: Annotated[int, typer.Option(help="Searches that the simulated retriever serves at once.")] = 1,
@@ -158,6 +159,7 @@ def main(
             model=model,
             datastore=datastore,
             retriever=retriever,
+            drafter=drafter,
             memory=memory,
             retriever_concurrency=concurrency,
         )

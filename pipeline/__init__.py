@@ -71,7 +71,6 @@ from .arrangements import Asynchronous as Asynchronous
 from .arrangements import Continuous as Continuous
 from .arrangements import Sequential as Sequential
 from .arrangements import Synchronous as Synchronous
-from .arrangements import beyond as beyond
 from .arrangements import published as published
 from .errors import Cancelled as Cancelled
 from .errors import DeadlineExceeded as DeadlineExceeded
@@ -84,5 +83,6 @@ from .pipeline import Pipeline as Pipeline
 from .speculation import Adaptive as Adaptive
 from .speculation import Chooser as Chooser
 from .speculation import Speculation as Speculation
+from .speculation import beyond as beyond
 from .stream import Answer as Answer
 from .stream import SessionStream as SessionStream

@@ -13,7 +13,7 @@ section 2). Continuous serving has no rounds.
                                                                      them wait, or nothing else can be done
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ralmspec.stages.arrangement import Arrangement, Outlook
 from ralmspec.stages.stride import OS3, FixedStride, PacedStride, Stride, StrideSettings
@@ -157,31 +157,15 @@ def by_stride(prefetch: int = 20, flights: int = 1) -> dict[str, Arrangement]:
     """RaLMSeq, the strides of the paper's figure for KNN-LM and the scheduler, each also with asynchronous
     verification, and `Continuous`."""
     strides: dict[str, StrideSettings | int] = {"s=1": 1, "s=2": 2, "s=4": 4, "s=8": 8, "OS3": OS3()}
+
+    def made(kind: type[Synchronous], stride: StrideSettings | int) -> Arrangement:
+        return kind(speculation_stride=stride, prefetch=prefetch, asks_drafter=False)
+
     return {
         "RaLMSeq": Sequential(),
-        **{name: Synchronous(speculation_stride=stride, prefetch=prefetch) for name, stride in strides.items()},
-        **{f"{n} +A": Asynchronous(speculation_stride=stride, prefetch=prefetch) for n, stride in strides.items()},
+        **{name: made(Synchronous, stride) for name, stride in strides.items()},
+        **{f"{name} +A": made(Asynchronous, stride) for name, stride in strides.items()},
         "continuous": Continuous(prefetch=prefetch, flights=flights),
-    }
-
-
-def beyond(prefetch: int = 256) -> dict[str, Arrangement]:
-    """What goes beyond the paper: all of it together, each part added to +PSA, and all but each.
-
-    T: token check, D: drafter, W: wide prefetch, N: decoding never waits.
-    """
-    psa = Asynchronous(asks_drafter=False)
-    every = Continuous(prefetch=prefetch)
-    return {
-        "continuous": every,
-        "+PSA+T": replace(psa, token_check=True),
-        "+PSA+D": replace(psa, asks_drafter=True),
-        "+PSA+W": replace(psa, prefetch=prefetch),
-        "+PSA+N": Continuous(token_check=False, asks_drafter=False),
-        "continuous-T": replace(every, token_check=False),
-        "continuous-D": replace(every, asks_drafter=False),
-        "continuous-W": replace(every, prefetch=psa.prefetch),
-        "continuous-N": Asynchronous(prefetch=prefetch, token_check=True),
     }
 
 

@@ -9,7 +9,7 @@ import typer
 from ralmspec.stages.sampling import Sampling
 
 from . import chrome_trace, compare, terminal
-from .arrangements import MAIN_TABLE, beyond, published
+from .arrangements import MAIN_TABLE, published
 from .engine import Engine, EngineOptions
 from .options import (
     JsonOption,
@@ -21,7 +21,7 @@ from .options import (
     with_options,
 )
 from .overlap import overlap_efficiency
-from .speculation import Adaptive, Speculation
+from .speculation import Speculation, beyond
 from .tables import comparison_table
 from .terminal import err, load, out, questions_as_typed, run
 
@@ -58,7 +58,7 @@ def compare_command(
     compared(
         lambda: load(engine_options),
         questions_as_typed(sets, questions),
-        chosen_from({**published(prefetch), **beyond(), "adaptive": Adaptive()}, only, DEFAULT),
+        chosen_from({**published(prefetch), **beyond()}, only, DEFAULT),
         Sampling(temperature=temperature, seed=seed),
         max_new_tokens=max_new_tokens,
         json=json,

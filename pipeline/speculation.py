@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Protocol, runtime_checkable
 
@@ -9,7 +10,7 @@ from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.statistics import Statistics
 from ralmspec.stages.stride import OS3
 
-from .arrangements import Continuous, Sequential, Synchronous
+from .arrangements import Asynchronous, Continuous, Sequential, Synchronous
 
 
 @runtime_checkable
@@ -125,3 +126,24 @@ class Adaptive:
         """Whether a step could take less than in the best, at best: half of what a step has taken, which others
         may have slowed down, and half of a search, shared by as many steps as may wait for one."""
         return (self._step_s + self._search_s / choice.window) / 2 < self._median(best)
+
+
+def beyond(prefetch: int = 256) -> dict[str, Speculation]:
+    """What goes beyond the paper: all of it together, what chooses by itself, each part added to +PSA, all but each.
+
+    T: token check, D: drafter, W: wide prefetch, N: decoding never waits.
+    """
+    psa = Asynchronous(asks_drafter=False)
+    every = Continuous(prefetch=prefetch)
+    return {
+        "adaptive": Adaptive(prefetch=prefetch),
+        "continuous": every,
+        "+PSA+T": replace(psa, token_check=True),
+        "+PSA+D": replace(psa, asks_drafter=True),
+        "+PSA+W": replace(psa, prefetch=prefetch),
+        "+PSA+N": Continuous(token_check=False, asks_drafter=False),
+        "continuous-T": replace(every, token_check=False),
+        "continuous-D": replace(every, asks_drafter=False),
+        "continuous-W": replace(every, prefetch=psa.prefetch),
+        "continuous-N": Asynchronous(prefetch=prefetch, token_check=True),
+    }

@@ -52,7 +52,8 @@ def test_compare_writes_its_contract_and_a_timeline(tmp_path: Path) -> None:
     written = json.loads(report.read_text())
     assert written["environment"]["simulated_latency_s"] == 0.05
     assert "simulated" in written["environment"]["retriever"]
-    assert [row["arrangement"] for row in written["rows"]] == ["RaLMSeq", "RaLMSpec", "+P", "+S", "+A", "+PSA"]
+    rows = ["RaLMSeq", "RaLMSpec", "+P", "+S", "+A", "+PSA", "adaptive", "continuous"]
+    assert [row["arrangement"] for row in written["rows"]] == rows
     for row in written["rows"]:
         assert row.keys() >= ROW
         assert (row["identical"] + row["explained"], row["outputs"]) == (2, 2)
@@ -73,7 +74,7 @@ def test_verify_lossless_is_strict_in_float64(tmp_path: Path) -> None:
     assert code == 0, out + err
     written = json.loads(report.read_text())
     assert written.keys() == {"environment", "outputs", "identical", "explained", "arrangements", "cases"}
-    assert (written["outputs"], written["identical"], written["explained"]) == (28, 28, 0)
+    assert (written["outputs"], written["identical"], written["explained"]) == (32, 32, 0)
     assert written["cases"] == []
 
 

@@ -57,7 +57,7 @@ def test_every_kind_serves_the_same_output_in_every_arrangement(index: Path, kin
     )  # fmt: skip
     assert code == 0, out + err
     written = json.loads(report.read_text())
-    assert (written["outputs"], written["identical"]) == (30, 30)
+    assert (written["outputs"], written["identical"]) == (36, 36)
     assert written["environment"]["index"] == "index" and kind in written["environment"]["retriever"].lower()
 
 
@@ -80,7 +80,7 @@ def test_lucene_serves_the_same_output_in_every_arrangement(tmp_path: Path) -> N
     )  # fmt: skip
     assert served.returncode == 0, served.stdout + served.stderr
     written = json.loads(report.read_text())
-    assert (written["outputs"], written["identical"]) == (30, 30)
+    assert (written["outputs"], written["identical"]) == (36, 36)
     assert "Lucene" in written["environment"]["retriever"]
 
 

@@ -228,7 +228,7 @@ def test_r10_a_search_that_fails_for_nobody_any_more_is_no_fault() -> None:
     async def main() -> list[int]:
         survived = []
         for n in range(1, 7):
-            speculation = Continuous(window=8, flights=2)
+            speculation = Continuous(window=8, flights=2, token_check=False)
             worker = fixed(model=0.1, index=0.75, encoder=0.02)
             async with opened(retriever=FailsOnce(n), speculation=speculation, worker=worker) as pipeline:
                 with suppress(RetrieverFailed):

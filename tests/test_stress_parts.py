@@ -134,7 +134,7 @@ def test_every_token_tells_its_document() -> None:
 async def test_guesses_are_sometimes_right_and_sometimes_wrong() -> None:
     engine = simulated()
     checked = matched = 0
-    async with Pipeline(model=engine.model, retriever=engine.retriever) as pipeline:
+    async with Pipeline(model=engine.model, retriever=engine.retriever, speculation=Asynchronous()) as pipeline:
         for prompt in mixed_prompts(engine, 8, 0):
             statistics = (await pipeline.complete(prompt, max_new_tokens=64)).statistics
             checked, matched = checked + statistics.checked, matched + statistics.matched
