@@ -23,13 +23,14 @@ _KV_BYTES = 2 << 30
 class TransformersModel:
     """GPT-2, OPT and LLaMA on CPU or CUDA, up to `max_batch` sessions in a forward pass. Satisfies `LanguageModel`.
 
-    Every session has up to two KV slots by default, so that the path being drafted and the path being checked, or two
-    documents that take turns, can both be alive. A pass forwards only the tokens its slot does not hold, at least one.
-    The sessions' tokens stand in one row, none padded (`PackedAttention`), so it does not matter which sessions share a
-    pass, or how long they are. It forwards `pass_tokens` tokens at most: those who lack one token come first, then the
-    others as they stand; the rest of a long prefix is read by later passes, so nobody waits long for it. A proposal and
-    the token before it are read in one pass: where they are all that one prefix lacks and do not fit, the first such
-    one goes beyond `pass_tokens`. So every pass answers those who lack one token, and the first of the others gets on.
+    Every session has up to four KV slots by default, so that the path being drafted and the path being checked can both
+    be alive, and one of the last documents that comes again is found, with what was written under it. A pass forwards
+    only the tokens its slot does not hold, at least one. The sessions' tokens stand in one row, none padded
+    (`PackedAttention`), so it does not matter which sessions share a pass, or how long they are. It forwards
+    `pass_tokens` tokens at most: those who lack one token come first, then the others as they stand; the rest of a long
+    prefix is read by later passes, so nobody waits long for it. A proposal and the token before it are read in one
+    pass: where they are all that one prefix lacks and do not fit, the first such one goes beyond `pass_tokens`. So
+    every pass answers those who lack one token, and the first of the others gets on.
 
     Who shares a pass changes logits by rounding only: about 1e-6 in float32, 1e-15 in float64.
 
@@ -46,7 +47,7 @@ class TransformersModel:
         self,
         checkpoint: Checkpoint,
         *,
-        slots_per_session: int = 2,
+        slots_per_session: int = 4,
         max_batch: int = 16,
         pass_tokens: int = 512,
         kv_bytes: int = 0,

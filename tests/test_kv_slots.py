@@ -42,7 +42,7 @@ def test_a_pass_forwards_only_what_is_new(load):
 
 
 def test_two_documents_that_take_turns_are_both_kept(load):
-    model = load()
+    model = load(slots_per_session=2)
     for document in (A, B):
         assert forwarded(model, document, PROMPT) == 132
     for round in range(3):
@@ -51,6 +51,17 @@ def test_two_documents_that_take_turns_are_both_kept(load):
     assert forwarded(model, C, PROMPT) == 132  # takes the place of A, which was used before B
     assert forwarded(model, B, PROMPT, [40, 40, 41, 42]) == 1
     assert forwarded(model, A, PROMPT) == 132
+
+
+def test_a_session_returns_to_any_of_its_last_four_documents(load):
+    model = load()
+    documents = [random.integers(3, VOCABULARY, 120) for _ in range(5)]
+    for document in documents:
+        assert forwarded(model, document, PROMPT) == 132
+    for document in documents[:0:-1]:
+        assert forwarded(model, document, PROMPT, [40]) == 1
+    assert model.kv_bytes() == 4 * kv_bytes(133)
+    assert forwarded(model, documents[0], PROMPT) == 132
 
 
 def test_a_new_document_that_begins_alike_spares_the_old_one(load):
