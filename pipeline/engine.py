@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ralmspec.retrievers.base import Retriever
 from ralmspec.retrievers.errors import BadKnowledge
 from ralmspec.retrievers.index import SearchOptions
+from ralmspec.retrievers.proposals import Scan
 from ralmspec.retrievers.questions import Question, QuestionFolder
 from ralmspec.retrievers.vectors import Memory
 from ralmspec.stages.in_context import InContext
@@ -28,6 +29,7 @@ class SearchingOptions:
     model: str
     retriever: str = "exact"
     memory: Memory = "map"
+    scan: Scan = "codes"
     ef_search: int = 256
     probes: int = 64
     dtype: str = "float32"
@@ -47,6 +49,7 @@ class SearchingOptions:
         return SearchOptions(
             threads=self.threads.index,
             memory=self.memory,
+            scan=self.scan,
             ef_search=max(self.ef_search, documents),
             probes=self.probes,
             depth=max(SearchOptions().depth, documents),
@@ -190,7 +193,7 @@ def _from_data(options: EngineOptions, folder: Path | None) -> Retriever:
         )
     corpus = Corpus.find(folder, options.corpus)
     encoder, passages = open_encoder(options.encoder or "minilm", device=options.device), Passages(corpus.passages)
-    threads = options.threads.index
+    scan, threads = options.scan, options.threads.index
     if options.pad_to:
-        return PaddedDense(passages, corpus.embeddings, encoder, pad_to=options.pad_to, threads=threads)
-    return ExactDense(passages, corpus.embeddings, encoder, threads=threads)
+        return PaddedDense(passages, corpus.embeddings, encoder, pad_to=options.pad_to, scan=scan, threads=threads)
+    return ExactDense(passages, corpus.embeddings, encoder, scan=scan, threads=threads)

@@ -33,6 +33,10 @@ _OPTIONS: dict[str, Any] = {
     "memory": typer.Option(
         help="Vectors of an index: left in their file, copied to memory as they are, or copied as float32."
     ),
+    "scan": typer.Option(
+        help="The exact kind: scan codes, a copy of a byte a number made at the start and several times as fast, or "
+        "the vectors as they are stored, with no memory besides."
+    ),
     "ef_search": typer.Option(min=1, help="HNSW: candidates held during a search."),
     "probes": typer.Option(min=1, help="IVF: lists that a search looks into."),
     "dtype": typer.Option(help="The model's arithmetic: float64, float32, bfloat16 or float16."),

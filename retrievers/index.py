@@ -10,6 +10,7 @@ from .errors import BadKnowledge
 from .index_parts import DENSE, KINDS, passages_of, vectors_of
 from .manifest import EncoderFacts, Manifest
 from .passages import Passages
+from .proposals import Scan
 from .vectors import Memory, Vectors
 
 
@@ -21,6 +22,9 @@ class SearchOptions:
     memory: Memory = "map"
     """Dense kinds: vectors stay in their file ("map"), or are copied to memory as float32 ("float32") or as they are
     ("copy"). Scores are the same; a copy is searched up to 1.5 times as fast."""
+    scan: Scan = "codes"
+    """The exact kind: what is scanned. "codes", a copy in memory of one byte a number, made when the index is opened
+    and several times as fast; or "stored", the vectors alone. Results are the same."""
     ef_search: int = 256
     """HNSW: candidates held during a search, and the most documents that one can bring."""
     probes: int = 64
@@ -101,7 +105,7 @@ def dense_retriever(
         case _:
             from .dense import ExactDense
 
-            return ExactDense(documents, vectors, encoder, threads=threads)
+            return ExactDense(documents, vectors, encoder, scan=options.scan, threads=threads)
 
 
 def _same(encoder: NamedQueryEncoder, facts: EncoderFacts, folder: Path) -> None:

@@ -11,6 +11,7 @@ from .encoder import QueryEncoder
 from .errors import BadKnowledge
 from .kernel import Source
 from .passages import Passages
+from .proposals import Scan
 from .vectors import Vectors
 
 _CHUNK = 8192  # distractors made at once
@@ -26,7 +27,8 @@ class PaddedDense(ExactDense):
     On 100,004 Wikipedia passages padded to 1,000,000, the top 256 of each of 130 queries stayed real up to a norm of
     0.34; the default leaves room below that.
     A report must say that the corpus is padded (`description` does). Distractors follow from `seed`. Everything is
-    held in memory, in float32. Short vectors lose by inner product only: `ValueError` for vectors of another metric.
+    held in memory, in float32, and scanned as `scan` says. Short vectors lose by inner product only: `ValueError` for
+    vectors of another metric.
     """
 
     def __init__(
@@ -39,17 +41,19 @@ class PaddedDense(ExactDense):
         noise: float = 0.5,
         norm: float = 0.25,
         seed: int = 0,
+        scan: Scan = "codes",
         threads: int = 1,
         blas_threshold: int | None = None,
     ) -> None:
-        super().__init__(passages, embeddings, encoder, threads=threads, blas_threshold=blas_threshold)
+        super().__init__(passages, embeddings, encoder, scan="stored", threads=threads)
         if self._vectors.metric != "inner product":
             raise ValueError("distractors are short, which makes them poor by inner product only; open the vectors so")
         if pad_to < len(passages):
             raise ValueError(f"cannot pad {len(passages)} passages to {pad_to} vectors")
         self._norm = norm
         real = self._vectors.block(0, len(passages))
-        self._vectors = Vectors.open(with_distractors(real, pad_to, noise=noise, norm=norm, seed=seed))
+        padded = Vectors.open(with_distractors(real, pad_to, noise=noise, norm=norm, seed=seed))
+        self._scan_over(padded, scan, blas_threshold)
 
     @property
     def description(self) -> str:

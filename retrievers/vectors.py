@@ -138,15 +138,7 @@ class Vectors:
 
         It can be searched and stored vectors compared; adding to it would end the process.
         """
-        import faiss
-
-        index, rows = self.empty_faiss(), self.stored[start:stop]
-        codes = rows.reshape(-1).view(np.uint8)
-        memory: Any = faiss.MaybeOwnedVectorUInt8
-        index.codes = memory.create_view(faiss.swig_ptr(codes), codes.size, memory().owner)
-        index.ntotal = len(rows)
-        index.referenced_objects = [codes]  # faiss's own place for what must live as long as the index
-        return index
+        return over(self.empty_faiss(), self.stored[start:stop])
 
     def empty_faiss(self) -> Any:
         """A faiss index by their metric that stores vectors of this width and kind; none are in it."""
@@ -158,6 +150,18 @@ class Vectors:
         coding = faiss.ScalarQuantizer
         code = coding.QT_fp16 if self.kind == "float16" else coding.QT_bf16
         return faiss.IndexScalarQuantizer(self.dimension, code, self.faiss_metric)
+
+
+def over(index: Any, rows: NDArray[Any]) -> Any:
+    """An empty faiss index of codes, made to look at these rows, contiguous, as its codes, where they lie."""
+    import faiss
+
+    codes = rows.reshape(-1).view(np.uint8)
+    memory: Any = faiss.MaybeOwnedVectorUInt8
+    index.codes = memory.create_view(faiss.swig_ptr(codes), codes.size, memory().owner)
+    index.ntotal = len(rows)
+    index.referenced_objects = [codes]  # faiss's own place for what must live as long as the index
+    return index
 
 
 def narrow(rows: NDArray[Any], kind: Kind) -> NDArray[Any]:
