@@ -94,9 +94,9 @@ class Codes:
         """Memory of the copy."""
         return self._codes.nbytes + (0 if self._squares is None else self._squares.nbytes)
 
-    def fetch(self, k: int) -> int:
-        """Twice k and some: of real vectors 1.3 to 1.8 times k came within m, and up to 70 for k = 20."""
-        return 2 * k + 256
+    def tries(self, k: int) -> tuple[int, ...]:
+        """Of real vectors 1.3 to 2.7 times k came within m, and up to 110 for k = 20."""
+        return 3 * k + 256, 12 * k + 1024
 
     def propose(self, vectors: NDArray[np.float32], fetch: int, start: int, stop: int) -> Found:
         """As `Proposer.propose`; scores are float64."""

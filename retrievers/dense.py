@@ -17,7 +17,6 @@ from .ranking import rank
 from .vectors import Memory, Vectors
 
 _SLICE = 4096  # vectors; fewer are not worth a thread's while
-_WIDER = 1024  # candidates, more than eight times the first try's, of a second try
 
 
 class ExactDense(OneKernel):
@@ -83,7 +82,7 @@ class ExactDense(OneKernel):
         k = min(k, len(self))
         rankings: list[Ranking | None] = [None] * len(vectors)
         for proposer in self._proposers:
-            for fetch in (proposer.fetch(k), 8 * proposer.fetch(k) + _WIDER):
+            for fetch in proposer.tries(k):
                 left = [row for row, ranking in enumerate(rankings) if ranking is None]
                 if left and fetch < len(self._vectors):
                     for row, ranking in zip(left, self._among(proposer, fetch, vectors[left], k), strict=True):

@@ -50,9 +50,10 @@ class Flat:
         if hasattr(faiss.cvar, "distance_compute_blas_threshold"):  # not every build shows it
             faiss.cvar.distance_compute_blas_threshold = self._blas_threshold
 
-    def fetch(self, k: int) -> int:
-        """k, and an eighth more to put distance between the k-th and what was left out."""
-        return k + max(8, k // 8)
+    def tries(self, k: int) -> tuple[int, ...]:
+        """k, and an eighth more to put distance between the k-th and what was left out; then many more."""
+        fetch = k + max(8, k // 8)
+        return fetch, 8 * fetch + 1024
 
     def propose(self, vectors: NDArray[np.float32], fetch: int, start: int, stop: int) -> Found:
         """As `Proposer.propose`; scores are float32."""

@@ -21,8 +21,8 @@ class Proposer(Protocol):
     Called by several threads at once, each with one OpenMP thread.
     """
 
-    def fetch(self, k: int) -> int:
-        """Candidates that nearly always hold the k best."""
+    def tries(self, k: int) -> tuple[int, ...]:
+        """How many candidates to ask for: so many that they nearly always hold the k best, then more."""
 
     def propose(self, vectors: NDArray[np.float32], fetch: int, start: int, stop: int) -> Found:
         """The `fetch` largest of its scores among vectors start to stop (all, if there are fewer), for each query."""
