@@ -133,7 +133,7 @@ def test_data_are_searched_exactly(opened: Opened) -> None:
     assert opened.given["encoder"] == (("minilm",), {"device": "cuda"})
     assert opened.given["passages"] == (("PASSAGES",), {})
     parts = opened.made["passages"], "EMBEDDINGS", opened.made["encoder"]
-    assert opened.given["exact"] == (parts, {"threads": 4})
+    assert opened.given["exact"] == (parts, {"scan": "codes", "threads": 4})
     assert engine.retriever is engine.index is opened.made["exact"]
     assert engine.questions == QuestionFolder(Path("d"))
 
@@ -142,7 +142,7 @@ def test_data_may_be_padded_and_encoded_by_another_encoder(opened: Opened) -> No
     engine = open_engine(EngineOptions(model="m", data=Path("d"), pad_to=900, encoder="other", index_threads=4))
     assert opened.given["encoder"][0] == ("other",)
     parts = opened.made["passages"], "EMBEDDINGS", opened.made["encoder"]
-    assert opened.given["padded"] == (parts, {"pad_to": 900, "threads": 4})
+    assert opened.given["padded"] == (parts, {"pad_to": 900, "scan": "codes", "threads": 4})
     assert engine.index is opened.made["padded"]
 
 
