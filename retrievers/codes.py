@@ -25,8 +25,8 @@ class Codes:
 
     It takes n·d bytes (and 4·n for distances). The query is rounded likewise, so scores are sums of products of whole
     numbers. Few queries are answered by faiss, in float32, many by one product of int8 matrices, in int32; the ranking
-    is exact whichever it was, for the bound below covers both. On one core of an AMD Zen 4, over a million vectors of 384,
-    one query takes 0.3 of the time of faiss's flat float32 scan; 8 take as long as 3 single ones, 32 as 7.
+    is exact whichever it was, for the bound below covers both. On one core of an AMD Zen 4, over a million vectors of
+    384, one query takes 0.3 of the time of faiss's flat float32 scan; 8 take as long as 3 single ones, 32 as 7.
 
     **How far the copy is off.** Let x' = a·c be what is stored for x. y = x/a is computed in float32 as a product with
     the float32 number 1/a, so with one rounding, of at most u·|y| (u = 2^-24), c = rint(y), and y - c exactly, for both

@@ -114,12 +114,14 @@ class Generate(CycleStage[Pass, Decoded]):
 
     def _say(self, made: Pass, frontier: Frontier) -> tuple[int, ...]:
         """The token for the place of each that was proposed, and the one behind them."""
-        expected = len(made.proposed or ())
-        rows = () if frontier.proposed is None else frontier.proposed
-        if len(rows) != expected:
-            raise ModelFailed(f"{expected} tokens were proposed, the frontier tells of {len(rows)}")
-        said = [self._choose(made, Frontier(row), made.position + n) for n, row in enumerate(rows)]
-        return (*said, self._choose(made, frontier, made.position + expected))
+        rows = [frontier.logits]
+        if made.proposed:
+            expected = (len(made.proposed), *frontier.logits.shape)
+            if frontier.proposed is None or frontier.proposed.shape != expected:
+                told = None if frontier.proposed is None else frontier.proposed.shape
+                raise ModelFailed(f"logits of {len(made.proposed)} proposed tokens are {expected}, not {told}")
+            rows = [*frontier.proposed, *rows]
+        return tuple(self._choose(made, Frontier(row), made.position + n) for n, row in enumerate(rows))
 
     def _choose(self, made: Pass, frontier: Frontier, position: int) -> int:
         assert made.retrieved is not None, "a token is chosen under documents"

@@ -237,3 +237,18 @@ def test_knn_strides_writes_its_tables_as_it_goes(tmp_path: Path) -> None:
     assert [row["arrangement"] for row in made["4"]["rows"]] == ["RaLMSeq", "s=2", "continuous"]
     assert all(row["identical"] == 2 for table in made.values() for row in table["rows"])
     assert "Best: " in out.with_suffix(".md").read_text() and out.with_suffix(".svg").stat().st_size > 1000
+
+
+# two_settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_settings_measures_what_goes_beyond_the_paper(tmp_path: Path) -> None:
+    module, app = program("two_settings")
+    assert [*module.arrangements(True)][:3] == ["RaLMSeq", "+PSA", "adaptive"]
+    options = ["--beyond", "--only", "adaptive,continuous", "--ratios", "2", "--max-new-tokens", "8"]
+    made = CliRunner().invoke(app, [*options, "--settings", "own", "--out", str(tmp_path), "--name", "small_"])
+    assert made.exit_code == 0, made.output
+    rows = json.loads((tmp_path / "small_own_resources_2a.json").read_text())["rows"]
+    assert [row["arrangement"] for row in rows] == ["RaLMSeq", "adaptive", "continuous"]
+    assert all(row["identical"] == row["outputs"] == 1 for row in rows)
+    assert "| continuous |" in (tmp_path / "small_two_settings_own.md").read_text()

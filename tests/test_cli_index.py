@@ -61,6 +61,29 @@ def test_every_kind_serves_the_same_output_in_every_arrangement(index: Path, kin
     assert written["environment"]["index"] == "index" and kind in written["environment"]["retriever"].lower()
 
 
+def test_a_drafter_guesses_beside_the_cache(index: Path, tmp_path: Path) -> None:
+    report = tmp_path / "drafted.json"
+    code, out, err = run(
+        "compare", *MODEL, *QUESTIONS, "--index", str(index), "--retriever", "exact", "--drafter", "hnsw",
+        "--questions", "1", "--max-new-tokens", "24", "--only", "+PSA,+PSA+D,continuous,continuous-D",
+        "--json", str(report),
+    )  # fmt: skip
+    assert code == 0, out + err
+    written = json.loads(report.read_text())
+    assert written["environment"]["drafter"] == "hnsw"
+    rows = {row["arrangement"]: row for row in written["rows"]}
+    assert all(row["identical"] == 1 for row in rows.values())
+    drafted = {name: row["drafter_hits"] for name, row in rows.items()}
+    assert drafted["+PSA"] == drafted["continuous-D"] == 0 < min(drafted["+PSA+D"], drafted["continuous"])
+
+
+def test_a_drafter_needs_an_index_that_has_it(index: Path) -> None:
+    code, _, err = run("ask", "who", *MODEL, "--data", str(DEMO), "--drafter", "hnsw")
+    assert code == 2 and "--index" in err.replace("\n", "")
+    code, _, err = run("ask", "who", *MODEL, "--index", str(index), "--drafter", "faster")
+    assert code == 2 and "faster" in err
+
+
 def test_lucene_serves_the_same_output_in_every_arrangement(tmp_path: Path) -> None:
     """In processes of their own: a process that has had a Java machine keeps it."""
     pytest.importorskip("jnius_config", reason="needs ralmspec[lucene]")

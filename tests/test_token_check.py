@@ -1,14 +1,29 @@
 """Tokens written under a wrong guess stand if the model says them under the true documents too."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
-from fakes import END, FakeModel
+from clocks import run
+from fakes import END, AlwaysMisses, FakeModel, fixed
 from hand import PROMPT, Hand
 from simulation import Eager
 
-from ralmspec.pipeline import Arrangement, Committed, Continuous, Drafted, ModelFailed, RolledBack, Synchronous
+from ralmspec.pipeline import (
+    Arrangement,
+    Committed,
+    Continuous,
+    Drafted,
+    InContext,
+    ModelFailed,
+    Pipeline,
+    RolledBack,
+    Synchronous,
+)
 from ralmspec.stages.messages import Decoded, Pass
+from ralmspec.stages.model import Frontier, Prefix
 from ralmspec.stages.request import Status
 from ralmspec.stages.step import Move
 
@@ -196,3 +211,48 @@ def test_drafts_of_a_step_in_doubt_are_shown() -> None:
     say(hand, 8, 4)
     (retraction,) = [event for event in hand.events if isinstance(event, RolledBack)]
     assert retraction.tokens == 2
+
+
+# In a pipeline ---------------------------------------------------------------------------------------------------
+
+
+class Answers(FakeModel):
+    """A model that answers proposals in its own way."""
+
+    def __init__(self, answer: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any] | None]) -> None:
+        super().__init__(ends=False, stubborn=1.0)
+        self._answer = answer
+        self.asked = 0
+
+    def forward(self, prefixes: Sequence[Prefix]) -> list[Frontier | Exception | None]:
+        return [self._changed(frontier) for frontier in super().forward(prefixes)]
+
+    def _changed(self, frontier: Frontier | Exception | None) -> Frontier | Exception | None:
+        if not isinstance(frontier, Frontier) or frontier.proposed is None:
+            return frontier
+        self.asked += 1
+        return replace(frontier, proposed=self._answer(frontier.proposed))
+
+
+async def served(model: Answers) -> Any:
+    async with Pipeline(
+        model=model,
+        retriever=AlwaysMisses(),
+        workload=InContext(),
+        speculation=Continuous(),
+        worker=fixed(model=0.1, index=0.7),
+    ) as pipeline:
+        return (await pipeline.complete("3 1 4", max_new_tokens=24)).statistics
+
+
+def test_where_documents_do_not_matter_every_wrong_guess_is_saved() -> None:
+    model = Answers(lambda rows: rows)
+    statistics = run(lambda: served(model))
+    assert statistics.matched == statistics.rollbacks == statistics.wasted_tokens == 0
+    assert statistics.saved == statistics.checked == model.asked == 24 // 4 - 1
+
+
+@pytest.mark.parametrize("answer", [lambda rows: None, lambda rows: rows[:-1], lambda rows: rows[:, :-1]])
+def test_an_answer_of_another_shape_is_the_models_fault(answer: Any) -> None:
+    with pytest.raises(ModelFailed, match="proposed tokens"):
+        run(lambda: served(Answers(answer)))
