@@ -118,7 +118,7 @@ class Runner:
         return await self.admission.let_in(request, lambda: self._begin(request))
 
     def _begin(self, request: Request) -> Sink:
-        arrangement = self._chooser.choose()
+        arrangement = self._chooser.choose(request)
         session = Session(
             next(_SESSION_IDS),
             request,
@@ -157,7 +157,7 @@ class Runner:
         """A slot is free: the session ended and everything of it is home (R6)."""
         self._model.forget(session.id)
         if session.status is Status.DONE:
-            self._chooser.learn(session.arrangement, session.statistics)
+            self._chooser.learn(session.request, session.arrangement, session.statistics)
         self.admission.released(session)
         self._change()
 

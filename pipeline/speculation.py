@@ -7,6 +7,7 @@ from statistics import median
 from typing import Protocol, runtime_checkable
 
 from ralmspec.stages.arrangement import Arrangement
+from ralmspec.stages.request import Request
 from ralmspec.stages.statistics import Statistics
 from ralmspec.stages.stride import OS3
 
@@ -27,11 +28,11 @@ class Chooser(Protocol):
         """The most flights of what it may choose."""
         ...
 
-    def choose(self) -> Arrangement:
+    def choose(self, request: Request) -> Arrangement:
         """The arrangement of the session that begins now."""
         ...
 
-    def learn(self, arrangement: Arrangement, statistics: Statistics) -> None:
+    def learn(self, request: Request, arrangement: Arrangement, statistics: Statistics) -> None:
         """A session that was served so has come to its end, and well."""
         ...
 
@@ -48,11 +49,11 @@ class Always:
         self.flights = arrangement.flights
         self._arrangement = arrangement
 
-    def choose(self) -> Arrangement:
+    def choose(self, request: Request) -> Arrangement:
         """It."""
         return self._arrangement
 
-    def learn(self, arrangement: Arrangement, statistics: Statistics) -> None:
+    def learn(self, request: Request, arrangement: Arrangement, statistics: Statistics) -> None:
         """Nothing to learn."""
 
 
@@ -61,20 +62,16 @@ class Adaptive:
 
     Which one that is depends on what no formula of a and b knows: whether searching and decoding share cores or memory,
     how many sessions there are, how often guesses are right. So it is measured. `choices` are tried in their order,
-    the first one at once; another only if it could be faster, by what is known of a and b (see `_could_win`), and then
-    by one session in eight until it has a result. The second best is looked at again from time to time, if it is
-    close.
+    the first one at once; another only if it could be faster, by what is known of a and b, and then by one session in
+    eight until it has a result. The second best is looked at again from time to time, if it is close. Sessions of other
+    lengths are another matter, since a short one waits for the first search and the last verification as long as a
+    long one does: what is learned holds for requests of about as many `max_new_tokens`.
 
     Without `choices`: `Continuous`, `Synchronous` with OS3 whose γ is not cut at 0.6, and `Sequential`, for searches so
     cheap that guessing costs more than it saves. `prefetch` is that of the first two.
 
     It remembers what it has learned as long as it lives; give every pipeline its own.
     """
-
-    EAGER = 8
-    """Choices between two attempts at what has no result yet."""
-    PATIENT = 24
-    """Choices after which the second best, if within a quarter of the best, is tried again."""
 
     def __init__(self, choices: Sequence[Arrangement] = (), *, prefetch: int = 256) -> None:
         self._choices = tuple(choices) or (
@@ -84,37 +81,53 @@ class Adaptive:
         )
         self.window = max(choice.window for choice in self._choices)
         self.flights = max(choice.flights for choice in self._choices)
-        self._seconds: dict[Arrangement, deque[float]] = {choice: deque(maxlen=8) for choice in self._choices}
-        self._chosen: dict[Arrangement, int] = {}
+        self._ledgers: dict[int, _Ledger] = {}
+
+    def choose(self, request: Request) -> Arrangement:
+        """The fastest so far, or one that might be faster still."""
+        return self._ledger(request).choose()
+
+    def learn(self, request: Request, arrangement: Arrangement, statistics: Statistics) -> None:
+        """Take in what a session took."""
+        if statistics.steps and statistics.kb_calls:
+            self._ledger(request).note(arrangement, statistics)
+
+    def _ledger(self, request: Request) -> "_Ledger":
+        return self._ledgers.setdefault(request.max_new_tokens.bit_length(), _Ledger(self._choices))
+
+
+class _Ledger:
+    """What sessions of about one length took in each of the choices."""
+
+    def __init__(self, choices: Sequence[Arrangement]) -> None:
+        self._seconds: dict[Arrangement, deque[float]] = {choice: deque(maxlen=8) for choice in choices}  # a step
+        self._chosen: dict[Arrangement, int] = {}  # when last, counted in choices
         self._count = 0
         self._step_s = self._search_s = 0.0
 
     def choose(self) -> Arrangement:
-        """The fastest so far, or one that might be faster still."""
         self._count += 1
         chosen = self._choose()
         self._chosen[chosen] = self._count
         return chosen
 
-    def learn(self, arrangement: Arrangement, statistics: Statistics) -> None:
-        """Take in what a session took."""
-        if not statistics.steps or not statistics.kb_calls:
-            return
+    def note(self, arrangement: Arrangement, statistics: Statistics) -> None:
         self._seconds[arrangement].append(statistics.latency_s / statistics.steps)
         self._step_s = statistics.busy_s / statistics.steps
         self._search_s = statistics.search_s / statistics.kb_calls
 
     def _choose(self) -> Arrangement:
-        known = sorted((choice for choice in self._choices if self._seconds[choice]), key=self._median)
+        known = sorted((choice for choice, seconds in self._seconds.items() if seconds), key=self._median)
         if not known:
-            return self._choices[0]
+            return next(iter(self._seconds))
         best = known[0]
-        for choice in self._choices:
-            if not self._seconds[choice] and self._rested(choice, self.EAGER) and self._could_win(choice, best):
+        for choice, seconds in self._seconds.items():
+            if not seconds and self._rested(choice, 8) and self._could_win(choice, best):
                 return choice
         second = known[1] if len(known) > 1 else best
         close = self._median(second) < 1.25 * self._median(best)
-        return second if close and self._rested(second, self.PATIENT) else best
+        # The more often it has been second, the less often it is tried again.
+        return second if close and self._rested(second, 4 * len(self._seconds[second])) else best
 
     def _median(self, choice: Arrangement) -> float:
         return median(self._seconds[choice])

@@ -23,11 +23,15 @@ from ralmspec.pipeline import (
     Statistics,
     Synchronous,
 )
+from ralmspec.stages.request import Request
 
 
 @pytest.fixture
 def anyio_backend() -> tuple[str, dict[str, Any]]:
     return "asyncio", {"loop_factory": VirtualLoop}
+
+
+REQUEST = Request(prompt=(1,), max_new_tokens=128)
 
 
 @dataclass
@@ -52,9 +56,9 @@ def played(adaptive: Adaptive, world: Callable[[int], World], sessions: int) -> 
     """One session after the other."""
     chosen = []
     for number in range(sessions):
-        arrangement = adaptive.choose()
+        arrangement = adaptive.choose(REQUEST)
         chosen.append(type(arrangement))
-        adaptive.learn(arrangement, world(number).statistics(arrangement))
+        adaptive.learn(REQUEST, arrangement, world(number).statistics(arrangement))
     return chosen
 
 
@@ -98,21 +102,30 @@ def test_one_slow_session_changes_nothing() -> None:
 def test_nothing_else_is_tried_while_nothing_is_known() -> None:
     """Sixty-four sessions begin at once."""
     adaptive = Adaptive()
-    assert {type(adaptive.choose()) for _ in range(64)} == {Continuous}
-    adaptive.learn(Continuous(prefetch=256), FREE.statistics(Continuous()))
-    assert Counter(type(adaptive.choose()) for _ in range(16))[Continuous] >= 12, "one in eight tries something"
+    assert {type(adaptive.choose(REQUEST)) for _ in range(64)} == {Continuous}
+    adaptive.learn(REQUEST, Continuous(prefetch=256), FREE.statistics(Continuous()))
+    assert Counter(type(adaptive.choose(REQUEST)) for _ in range(16))[Continuous] >= 12, "one in eight tries something"
+
+
+def test_what_short_sessions_took_says_nothing_of_long_ones() -> None:
+    """Where the last verification is most of the time, not to wait for it gains nothing."""
+    adaptive, short = Adaptive(), Request(prompt=(1,), max_new_tokens=16)
+    chosen = adaptive.choose(short)
+    adaptive.learn(short, chosen, World({Continuous: 6.0}, a=1.0, b=20.0).statistics(chosen))
+    assert set(played(adaptive, lambda number: OWN, 9)) == {Continuous}
+    assert not isinstance(adaptive.choose(short), Continuous), "of a short one something else may be better"
 
 
 def test_an_arrangement_of_ones_own_may_be_among_the_choices() -> None:
     choices = (Synchronous(speculation_stride=2), Sequential())
     adaptive = Adaptive(choices)
-    assert adaptive.window == 3 and adaptive.flights == 1 and adaptive.choose() is choices[0]
+    assert adaptive.window == 3 and adaptive.flights == 1 and adaptive.choose(REQUEST) is choices[0]
 
 
 def test_sessions_that_took_no_step_teach_nothing() -> None:
     adaptive = Adaptive()
-    adaptive.learn(adaptive.choose(), Statistics())
-    assert isinstance(adaptive.choose(), Continuous)
+    adaptive.learn(REQUEST, adaptive.choose(REQUEST), Statistics())
+    assert isinstance(adaptive.choose(REQUEST), Continuous)
 
 
 # Real sessions in virtual time -----------------------------------------------------------------------------------
@@ -148,7 +161,7 @@ async def test_only_sessions_that_ended_well_are_learned_from() -> None:
     learned = []
 
     class Noting(Adaptive):
-        def learn(self, arrangement: Arrangement, statistics: Statistics) -> None:
+        def learn(self, request: Request, arrangement: Arrangement, statistics: Statistics) -> None:
             learned.append((type(arrangement), statistics.steps))
 
     class Late(FakeRetriever):
