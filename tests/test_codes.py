@@ -159,8 +159,9 @@ def test_faiss_and_the_product_propose_the_same_scores(metric: Metric) -> None:
     assert ids.min() >= 500
     assert ids.max() < 2900
     for row, query in enumerate(queries):
-        few, _ = made.propose(query[np.newaxis], 40, 500, 2900)
-        assert np.sort(few[0]).tolist() == np.sort(many[row]).tolist()
+        few, places = made.propose(query[np.newaxis], 39, 500, 2900)
+        assert set(places[0].tolist()) <= set(ids[row].tolist())  # one less: the 40th may be tied
+        assert np.sort(few[0]).tolist() == np.sort(many[row])[1:].tolist()
 
 
 def test_ties_at_the_floor_do_not_pile_up() -> None:
