@@ -264,6 +264,7 @@ class Session:
         else:
             self._write(self.steps[-1], brought.tokens[0], made.retrieved, seconds)
         self._commit()
+        self._learn()
 
     def _write(self, step: Step, token: int, retrieved: Ranking, seconds: float) -> None:
         """The newest step gets its next token."""
@@ -298,14 +299,13 @@ class Session:
             self._roll_back(step, truth, keep=same)
             self._write(step, said[same], truth, seconds)
         self._settle()
-        self._learn()
 
     def give_up_draft(self, made: Pass) -> bool:
         """A pass has failed: whether it wrote under a guess, so that the session can go on after the verdict."""
         newest = self.steps[-1] if self.steps else None
         if made.proposed is not None or newest is None or newest.settled:
             return False
-        newest.barred = not newest.doubted  # in doubt, it is the pass under the true documents that tells
+        newest.barred = True
         return True
 
     # Verify --------------------------------------------------------------------------------------------------------
@@ -336,8 +336,8 @@ class Session:
         for verdict in sorted(verdicts, key=lambda verdict: verdict in applied):
             if len(verdict.wanted):
                 self.wanted.append(verdict.wanted)
-        self._learn()
         self._commit()
+        self._learn()
 
     def _settle(self) -> list[Verdict]:
         """Apply, in step order, the verdicts that are here, up to a step that they put in doubt."""
@@ -359,9 +359,10 @@ class Session:
         return applied
 
     def _next_verdict(self) -> Verdict | None:
-        """The verdict of the oldest step that has none, if it is here and no step is in doubt before it."""
+        """The verdict of the oldest step that is not settled, if it is here. One in doubt has had its own, so those of
+        later steps wait."""
         step = next((step for step in self.steps if not step.settled), None)
-        return self.checks.early.pop(step.index, None) if step and not step.doubted else None
+        return self.checks.early.pop(step.index, None) if step else None
 
     def _can_be_doubted(self, step: Step) -> bool:
         """Whether other documents may still have led to the same tokens. Where queries need the frontier, the verdict
@@ -369,7 +370,7 @@ class Session:
         return self.arrangement.token_check and bool(step.tokens) and not self.workload.asks_with_frontier
 
     def _learn(self) -> None:
-        """Let the stride scheduler see what has been judged, once no doubt is left about it."""
+        """Let the stride scheduler see what has been judged, once no doubt is left about any of it."""
         if self._doubted or not self._guesses:
             return
         mean = sum(self._decoded_s) / len(self._decoded_s) if self._decoded_s else None

@@ -93,6 +93,13 @@ def test_it_follows_when_the_world_changes() -> None:
     assert Counter(chosen[20:60])[Continuous] >= 37 and Counter(chosen[70:])[Synchronous] >= 47
 
 
+def test_it_notices_when_the_second_best_becomes_the_best() -> None:
+    close = World({Continuous: 1.0, Synchronous: 1.2, Sequential: 9.0}, a=0.7, b=9.0)
+    turned = World({Continuous: 1.0, Synchronous: 0.5, Sequential: 9.0}, a=0.7, b=9.0)
+    chosen = played(Adaptive(), lambda number: close if number < 60 else turned, 300)
+    assert set(chosen[260:]) == {Synchronous}
+
+
 def test_one_slow_session_changes_nothing() -> None:
     slow = World({Continuous: 50.0, Synchronous: 2.2, Sequential: 21.0}, a=1.0, b=20.0)
     chosen = played(Adaptive(), lambda number: slow if number == 30 else OWN, 60)

@@ -146,3 +146,27 @@ def fetched(wanted: int, *, capacity: int) -> tuple[SessionCache, Reads]:
     stage = Prefetch({}, retriever, VirtualWorker("prefetch", lambda name: 0.0), lambda: 0.0)
     assert stage.work([(cache, np.arange(wanted))]) == [min(wanted, capacity)]
     return cache, retriever
+
+
+def test_a_search_for_several_brings_as_many_as_the_one_that_wants_most() -> None:
+    retriever = FakeRetriever(documents=50)
+    workload = InContext().bind(FakeModel(), retriever)
+    stage = Verify({}, retriever, workload, VirtualWorker("index", lambda name: 0.0), lambda: 0.0)
+    (query,) = retriever.encode([Query(text="1 2 3")])
+    one, many = (
+        Check(
+            session=session,
+            epoch=0,
+            step=0,
+            query=query,
+            documents=documents,
+            guess=None,
+            position=0,
+            frontier=None,
+            request=Request(prompt=(1,)),
+            cache=None,
+        )
+        for session, documents in ((1, 1), (2, 7))
+    )
+    for verdicts in stage.work([(one,), (many,)]):
+        assert not isinstance(verdicts, Exception) and len(verdicts[0].truth.ids) == 7
