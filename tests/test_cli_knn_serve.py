@@ -46,6 +46,19 @@ def test_compare_writes_the_contract_for_every_stride(store: Path, held_out: Pat
     assert written["rows"][0]["kb_calls"] == 2 * 8, "a retrieval a token"
 
 
+def test_a_drafter_guesses_beside_the_cache(store: Path, held_out: Path, tmp_path: Path) -> None:  # noqa: F811
+    report = tmp_path / "report.json"
+    code, out, err = run(
+        "knn", "compare", str(held_out), "--datastore", str(store), *MODEL, "--prompts", "1", "--prompt-tokens", "16",
+        "--max-new-tokens", "8", "--top-k", "4", "--retriever", "exact", "--drafter", "hnsw",
+        "--only", "OS3,continuous", "--json", str(report),
+    )  # fmt: skip
+    assert code == 0, out + err
+    rows = {row["arrangement"]: row for row in json.loads(report.read_text())["rows"]}
+    assert all(row["identical"] == 1 for row in rows.values())
+    assert rows["OS3"]["drafter_hits"] == 0 < rows["continuous"]["drafter_hits"]
+
+
 def test_verify_holds_every_arrangement_against_the_sequential_one(
     store: Path,  # noqa: F811
     held_out: Path,
@@ -68,6 +81,7 @@ def test_verify_holds_every_arrangement_against_the_sequential_one(
         (["--prompts", "999"], "999 prompts of 16 tokens need"),
         (["--datastore", "nowhere"], "nowhere"),
         (["--retriever", "bm25"], "searched by exact, hnsw, ivf, not 'bm25'"),
+        (["--drafter", "bm25"], "searched by exact, hnsw, ivf, not 'bm25'"),
         (["--only", "s=3"], "'s=3' is not one of"),
         (["--temperature", "0"], "temperature=0"),
     ],
