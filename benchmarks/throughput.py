@@ -25,7 +25,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from ralmspec.pipeline import Arrangement, Continuous, Sampling, published
+from ralmspec.pipeline import Adaptive, Continuous, Sampling, Speculation, published
 from ralmspec.pipeline.arrivals import ClosedLoop
 from ralmspec.pipeline.command_stress import StressOptions
 from ralmspec.pipeline.engine import Engine, open_engine
@@ -38,11 +38,13 @@ from ralmspec.pipeline.traffic import Traffic, mixed_prompts
 from ralmspec.stages.model import Prefix
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
-ARRANGEMENTS: dict[str, Arrangement] = {
-    "RaLMSeq": published()["RaLMSeq"],
-    "+PSA": published()["+PSA"],
-    "continuous": Continuous(),
+ARRANGEMENTS: dict[str, Callable[[], Speculation]] = {
+    "RaLMSeq": lambda: published()["RaLMSeq"],
+    "+PSA": lambda: published()["+PSA"],
+    "continuous": Continuous,
+    "adaptive": Adaptive,
 }
+"""Made anew for each number of clients, so that what adapts begins anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +132,7 @@ def serve(engine: Engine, name: str, sessions: int, seconds: float, traffic: Tra
     plan = Plan(
         arrivals=ClosedLoop(concurrency=sessions),
         traffic=traffic,
-        arrangement=ARRANGEMENTS[name],
+        arrangement=ARRANGEMENTS[name](),
         seconds=seconds,
     )
     stress = Stress(engine, plan, oracle, replace(engine.limits, sessions=sessions), tick=tick)

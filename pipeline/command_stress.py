@@ -14,7 +14,6 @@ import anyio
 import typer
 from rich.markup import escape
 
-from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.sampling import Sampling
 
 from . import terminal
@@ -24,6 +23,7 @@ from .engine import EngineOptions
 from .limits import Limits
 from .options import JsonOption, NewTokensOption, TemperatureOption, with_options
 from .simulated import SimulatedModel, simulated_engine
+from .speculation import Adaptive, Speculation
 from .stress import STALL_S, Plan, Stress
 from .stress_oracle import right_answers
 from .stress_report import report
@@ -31,7 +31,7 @@ from .stress_view import summary, watching
 from .terminal import ends_in_a_sentence, err, load, out, run
 from .traffic import Traffic, mixed_prompts
 
-Arranged = Literal["sequential", "synchronous", "asynchronous", "continuous"]
+Arranged = Literal["sequential", "synchronous", "asynchronous", "continuous", "adaptive"]
 _SESSIONS = 1000
 
 
@@ -182,8 +182,10 @@ async def _listen(stress: Stress) -> None:
             stress.stop(number)
 
 
-def _arranged(arrangement: Arranged, stride: str, prefetch: int) -> Arrangement:
+def _arranged(arrangement: Arranged, stride: str, prefetch: int) -> Speculation:
     match arrangement:
+        case "adaptive":
+            return Adaptive(prefetch=prefetch)
         case "sequential":
             return Sequential()
         case "continuous":

@@ -83,6 +83,9 @@ class Adaptive:
         self.flights = max(choice.flights for choice in self._choices)
         self._ledgers: dict[int, _Ledger] = {}
 
+    def __repr__(self) -> str:
+        return f"Adaptive({', '.join(map(repr, self._choices))})"
+
     def choose(self, request: Request) -> Arrangement:
         """The fastest so far, or one that might be faster still."""
         return self._ledger(request).choose()

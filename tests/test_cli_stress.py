@@ -86,7 +86,7 @@ def test_every_option_reaches_the_run(tmp_path: Path) -> None:
     assert made.environment["temperature"] == 0.5
 
 
-@pytest.mark.parametrize("arrangement", ["sequential", "asynchronous", "continuous"])
+@pytest.mark.parametrize("arrangement", ["sequential", "asynchronous", "continuous", "adaptive"])
 def test_arrangements_by_name(tmp_path: Path, arrangement: str) -> None:
     made, _ = reported(tmp_path / "r.json", "--sessions", "10", "--concurrency", "5", "--arrangement", arrangement)
     assert made.completed == made.matched == 10

@@ -41,7 +41,7 @@ def test_throughput_writes_both_tables(tmp_path: Path) -> None:
     one, four = (phase["decode_tok_s"] for phase in made["phases"])
     assert 2 < four / one < 4, "a simulated pass of four takes 6.5 ms, one of one 5 ms"
     levels = [(level["sessions"], level["arrangement"]) for level in made["levels"]]
-    assert levels == [(count, name) for count in (1, 4) for name in ("RaLMSeq", "+PSA", "continuous")]
+    assert levels == [(count, name) for count in (1, 4) for name in ("RaLMSeq", "+PSA", "continuous", "adaptive")]
     for level in made["levels"]:
         assert level["tok_s"] > 0 and level["forward_tok_s"] > level["tok_s"] / 2
         assert (level["made"]["lost"], level["made"]["wrong"], level["made"]["leaked"]) == (0, 0, 0)
