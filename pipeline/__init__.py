@@ -7,7 +7,7 @@ The layers, and which way imports go (a test holds it):
          ▼          ▼         ▼
     ralmspec.pipeline     what a program touches
       Pipeline ─ SessionStream          open once; a context-managed stream of events per request
-      Runner ─ ThreadWorker             the only task group; one thread per device
+      Runner ─ ThreadWorker             the only task group; a thread for each kind of call
       Admission ─ Limits                who is let in: slots, KV memory, and a waiting room in front of them
       Sequential, Synchronous,          arrangements: the same stages, four sets of two decisions
       Asynchronous, Continuous          ... and Adaptive, which chooses among them

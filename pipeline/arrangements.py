@@ -102,7 +102,7 @@ class Continuous:
     the time it waits for its launch: twice that with one flight, where whatever waits leaves as soon as that is free.
     More flights than the retriever serves at once (`concurrency`) only split what could be one batch. Where queries are
     made from frontiers, every open step keeps its own: a row of logits. Best where guesses are mostly right and the
-    index has resources of its own; a wrong one wastes all that was drafted after it.
+    index has resources of its own; one that changes a token wastes all that was drafted after it.
     """
 
     window: int = 64

@@ -31,11 +31,12 @@ class Pipeline(AsyncContextManagerMixin):
             answer = await pipeline.complete("who plays ken barlow in coronation street?")
 
     Runs on asyncio and trio, inside whatever program is there already. `speculation` is one of the arrangements
-    (`Sequential`, `Synchronous`, `Asynchronous`, `Continuous`), or `Adaptive`, which chooses among them; all give the
-    same tokens. `drafter` is a faster index over the same documents, which guesses beside the session's cache: HNSW
-    where `retriever` is exact. `output` are stages that every event passes on its way to the caller. Leaving the block
-    drains: sessions that are live may end within `limits.drain_s`, then the rest is ended with `NotServing`. If a stage
-    died, leaving raises `EngineDead`.
+    (`Sequential`, `Synchronous`, `Asynchronous`, `Continuous`), or `Adaptive`, which chooses among them; all give
+    the same tokens. `drafter` is a faster index over the same documents, which guesses beside the session's cache:
+    HNSW where `retriever` is exact. A search of it is part of every look-up, and one that fails ends its session.
+    `output` are stages that every event passes on its way to the caller. Leaving the block drains: sessions that
+    are live may end within `limits.drain_s`, then the rest is ended with `NotServing`. If a stage died, leaving
+    raises `EngineDead`.
     """
 
     def __init__(

@@ -70,7 +70,8 @@ class Adaptive:
     Without `choices`: `Continuous`, `Synchronous` with OS3 whose γ is not cut at 0.6, and `Sequential`, for searches so
     cheap that guessing costs more than it saves. `prefetch` is that of the first two.
 
-    It remembers what it has learned as long as it lives; give every pipeline its own.
+    Only sessions that end with `Done` teach it anything. It remembers what it has learned as long as it lives; give
+    every pipeline its own.
     """
 
     def __init__(self, choices: Sequence[Arrangement] = (), *, prefetch: int = 256) -> None:
@@ -129,7 +130,7 @@ class _Ledger:
                 return choice
         second = known[1] if len(known) > 1 else best
         close = self._median(second) < 1.25 * self._median(best)
-        # The more often it has been second, the less often it is tried again.
+        # The more is known of it, the less often it is tried again.
         return second if close and self._rested(second, 4 * len(self._seconds[second])) else best
 
     def _median(self, choice: Arrangement) -> float:
@@ -140,7 +141,8 @@ class _Ledger:
 
     def _could_win(self, choice: Arrangement, best: Arrangement) -> bool:
         """Whether its steps might take less than those of the best: the work of a step, and a search, shared by as
-        many steps as may wait for one; less a quarter, since each may have slowed the other down."""
+        many steps as may wait for one, as the last session measured them; less a quarter, since each may have slowed
+        the other down."""
         return 0.75 * (self._step_s + self._search_s / choice.window) < self._median(best)
 
 

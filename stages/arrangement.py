@@ -11,8 +11,8 @@ class Outlook:
     """What an arrangement may look at.
 
     `queued` checks wait, `flying` ones have been launched and not come home (stale ones included); `newest_flying` says
-    whether the newest step's own check, as it stands, is among those; `stuck` that nothing can be decoded before a
-    verdict (the newest step has no document, the output is complete, the window is full, or the model has no time for
+    whether the newest step's own check, as it stands, is among those; `stuck` that nothing new can be decoded before
+    a verdict (the newest step has no document, the output is complete, the window is full, or the model has no time for
     guesses); `stride` is the session's speculation stride.
     """
 

@@ -78,11 +78,11 @@ class CycleStage(Generic[Work, Result]):
                         else:
                             self.give(session, work, result, turn, self._now())
             if taken:
-                await self._settle(taken)
+                await self._call(taken)
         finally:
             send_home(at_hand, outbox)
 
-    async def _settle(self, taken: Sequence[tuple[Turn, Session, Work]]) -> None:
+    async def _call(self, taken: Sequence[tuple[Turn, Session, Work]]) -> None:
         """One call for all of them; if it raises, one for each alone, and whose own call raises bears it (R10)."""
         start = self._now()
         outcomes: Sequence[Result | Exception] | None = None
@@ -100,7 +100,7 @@ class CycleStage(Generic[Work, Result]):
             for turn, session, work in taken:
                 # Looked up anew, since that also ends a session whose deadline has passed meanwhile.
                 if not self._sessions[turn.session].is_stale(turn.epoch):
-                    await self._settle([(turn, session, work)])
+                    await self._call([(turn, session, work)])
             return
         for (turn, session, work), outcome in zip(taken, outcomes, strict=True):
             with _fault_of(session):

@@ -38,7 +38,7 @@ class Looked:
 
     query: Query
     guess: Ranking | None
-    drafted: bool = False
+    from_drafter: bool = False
 
 
 class Lookup(CycleStage[Question, Looked]):
@@ -95,7 +95,9 @@ class Lookup(CycleStage[Question, Looked]):
         try:
             rankings = self._drafter.search(queries, self._workload.top_k)
             if len(rankings) != len(queries):
-                raise RetrieverFailed(f"{len(queries)} queries were asked, {len(rankings)} rankings came back")
+                raise RetrieverFailed(f"the drafter brought {len(rankings)} rankings for {len(queries)} queries")
+        except RetrieverFailed:
+            raise
         except Exception as error:
             raise RetrieverFailed(f"the drafter's search raised {type(error).__name__}: {error}") from error
         return rankings
@@ -108,7 +110,7 @@ class Lookup(CycleStage[Question, Looked]):
                 return Looked(query, guess)
             ids = draft.ids if guess is None else np.union1d(guess.ids, draft.ids)
             best = rank(ids, self._retriever.score(query, self._retriever.rows(ids)), top_k)
-            return Looked(query, best, drafted=guess is None or best.ids[0] != guess.ids[0])
+            return Looked(query, best, from_drafter=guess is None or best.ids[0] != guess.ids[0])
         except RetrieverFailed as error:
             return error
         except Exception as error:
@@ -116,5 +118,7 @@ class Lookup(CycleStage[Question, Looked]):
 
     def give(self, session: Session, work: Question, result: Looked, turn: Turn, start: float) -> None:
         """A step begins, under the best guess if there is one."""
-        session.looked(turn.epoch, result.query, result.guess, self._now() - turn.issued, drafted=result.drafted)
+        session.looked(
+            turn.epoch, result.query, result.guess, self._now() - turn.issued, from_drafter=result.from_drafter
+        )
         session.span("lookup", start, epoch=turn.epoch)

@@ -161,7 +161,10 @@ class Drafted(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolledBack(Event):
-    """Every draft from `step` on is retracted: the guess was wrong, `document` is the true one (with `drafts=True`)."""
+    """Every draft from `step` on is retracted: the guess was wrong, `document` is the true one (with `drafts=True`).
+
+    `tokens` drafts are meant; some of them may come again with the `Committed` of the step.
+    """
 
     step: int
     tokens: int

@@ -4,7 +4,8 @@ Every method is a *section*: synchronous, run on the event loop, never interrupt
 call sections; after each, the `Switch` looks where the session is due next.
 
     question, looked             Lookup takes the next query, and brings it back encoded: a step begins, maybe guessed
-    next_pass, decoded           Generate takes one forward pass, and brings its token, or the frontier
+    next_pass, decoded           Generate takes one forward pass, and brings its token, the frontier, or what settles a
+                                 doubt: commit, or ROLLBACK
     launch, take_checks, judge   Verify is given the checks that are due, and brings verdicts: commit, or ROLLBACK
     take_wanted                  Prefetch takes ids for the cache
     finish                       the one end
@@ -76,7 +77,7 @@ class Session:
         self._steps_begun = 0
         self._ended = False  # nothing is left to decode, if every draft stands
         self._decoded_s: list[float] = []  # what each step took that was completed since the last verification
-        self._guesses: list[bool] = []  # since then, of each guess that was judged, whether its tokens stand
+        self._stood: list[bool] = []  # since then, of each guess that was judged, whether its tokens stand
         self._verification_s = 0.0
         self._text = TextStream(render)
         self._emit = emit
@@ -195,9 +196,11 @@ class Session:
         """The query of the next step; may raise what the workload raises."""
         return self.workload.query(self.context, self.frontier)
 
-    def looked(self, epoch: int, query: Query, guess: Ranking | None, seconds: float, *, drafted: bool = False) -> None:
-        """A step begins: under the best guess if there is one, and with its check queued. `drafted` tells a guess of
-        the drafter from one of the cache."""
+    def looked(
+        self, epoch: int, query: Query, guess: Ranking | None, seconds: float, *, from_drafter: bool = False
+    ) -> None:
+        """A step begins: under the best guess if there is one, and with its check queued. `from_drafter` tells a guess
+        of the drafter from one of the cache."""
         self.statistics.busy_s += seconds
         if self.is_stale(epoch):
             return
@@ -207,7 +210,7 @@ class Session:
                 index=index,
                 start=start,
                 retrieved=guess,
-                drafted=drafted,
+                from_drafter=from_drafter,
                 frontier=self.frontier,
                 busy_s=seconds,
             )
@@ -284,13 +287,14 @@ class Session:
     def _resolve(self, said: Sequence[int], seconds: float) -> None:
         """The model has said, under the true documents, what it would have written in the doubted step.
 
-        If that is what was written, all that was drafted after it stands too, and verdicts that wait for it apply.
+        If that is what was written, all that was drafted after it stands too, and verdicts that wait for it apply. If
+        not, the step goes back to the first token that differs, and gets the true one.
         """
         step, truth = self.steps[0], self.steps[0].retrieved
         assert step.doubted and truth is not None
         step.doubted = False
         same = next((n for n, (was, true) in enumerate(zip(step.tokens, said, strict=False)) if was != true), None)
-        self._guesses.append(same is None)
+        self._stood.append(same is None)
         if same is None:
             self.statistics.saved += 1
             if not step.complete:
@@ -321,7 +325,8 @@ class Session:
         return turn.checks
 
     def judge(self, verdicts: Sequence[Verdict], *, search_s: float, verification_s: float) -> None:
-        """Verdicts of one search: in step order, steps become certain, or the first wrong one is rolled back.
+        """Verdicts of one search: in step order, steps become certain, and the first wrong one is put in doubt; without
+        the token check, or where nothing is written yet, it is rolled back.
 
         One that comes before those of earlier steps waits for them. `search_s` is the time of the worker's call,
         `verification_s` that from launch to verdict.
@@ -349,10 +354,10 @@ class Session:
             guessed, step.certain = step.retrieved is not None, True
             self.statistics.checked += guessed
             self.statistics.matched += guessed and verdict.right
-            self.statistics.matched_by_drafter += step.drafted and verdict.right
+            self.statistics.matched_by_drafter += step.from_drafter and verdict.right
             step.doubted = guessed and not verdict.right and self._can_be_doubted(step)
             if guessed and not step.doubted:
-                self._guesses.append(verdict.right)
+                self._stood.append(verdict.right)
                 if not verdict.right:
                     self._roll_back(step, truth)
             step.retrieved = truth
@@ -371,13 +376,13 @@ class Session:
 
     def _learn(self) -> None:
         """Let the stride scheduler see what has been judged, once no doubt is left about any of it."""
-        if self._doubted or not self._guesses:
+        if self._doubted or not self._stood:
             return
         mean = sum(self._decoded_s) / len(self._decoded_s) if self._decoded_s else None
-        matched, checked = sum(self._guesses), len(self._guesses)
+        matched, checked = sum(self._stood), len(self._stood)
         self.stride.observe(matched=matched, checked=checked, step_s=mean, verification_s=self._verification_s)
         self._decoded_s.clear()
-        self._guesses.clear()
+        self._stood.clear()
 
     def _roll_back(self, step: Step, truth: Ranking, *, keep: int = 0) -> None:
         """Back to the first `keep` tokens of `step`: a write, and never a wait (R3). What is under way is stale now."""

@@ -27,7 +27,7 @@ class Statistics:
     """Steps written under other documents than the true ones, whose tokens stood all the same (`token_check`)."""
     rollbacks: int = 0
     wasted_tokens: int = 0
-    """Tokens decoded and then thrown away."""
+    """Tokens decoded and then thrown away by a rollback."""
     search_s: float = 0.0
     """Time inside those searches, judging what they found included."""
     busy_s: float = 0.0

@@ -9,7 +9,8 @@ from .model import Frontier
 
 
 class Move(Enum):
-    """What a session's next turn is for: to begin a step, or to decode a token of the newest one."""
+    """What a session's next turn is for: to begin a step, or for a forward pass (the next token of the newest step, the
+    token check of the oldest, or the frontier)."""
 
     LOOK = "look"
     DECODE = "decode"
@@ -19,19 +20,19 @@ class Move(Enum):
 class Step:
     """Uncommitted as long as it stands in `Session.steps`.
 
-    `start` counts generated tokens before it. `retrieved` is a guess until the step is `certain`, of the drafter if it
-    is `drafted`, of the cache if not, and None while nothing is known at all. `frontier` is that at its start, where
-    queries need one. The step is `complete` when it has all its tokens. It is `barred` when it could not be decoded
-    under its guess: whether that is an error, only the verdict tells. It is `doubted` when its tokens were written
-    under other documents than the true ones, and the model has not yet said under those whether it would have written
-    the same. It commits when it is certain, complete and free of doubt. `busy_s` is the time it has spent in Lookup and
-    Generate, waiting for its turn included.
+    `start` counts generated tokens before it. `retrieved` is a guess until the step is `certain`, `from_drafter` or
+    from the cache, and None while nothing is known at all. `frontier` is that at its start, where queries need one.
+    The step is `complete` when it has all its tokens. It is `barred` when it could not be decoded under its guess:
+    whether that is an error, only the verdict tells. It is `doubted` when its tokens were written under other
+    documents than the true ones, and the model has not yet said under those whether it would have written the same.
+    It commits when it is certain, complete and free of doubt. `busy_s` is the time it has spent in Lookup and
+    Generate, waiting for its turn included, since it was last rolled back.
     """
 
     index: int
     start: int
     retrieved: Ranking | None
-    drafted: bool = False
+    from_drafter: bool = False
     frontier: Frontier | None = None
     certain: bool = False
     complete: bool = False

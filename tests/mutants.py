@@ -444,7 +444,7 @@ MUTANTS = [
     Mutant("R10", "a batch's fault is the engine's", instead(cycle, "FATAL", (Exception,)),
            partial(F.test_r10_only_who_fails_alone_fails, "index", 1)),
     *(Mutant("R10", f"a shared call's fault in the {stage} thread is everybody's",
-             around(CycleStage, "_settle", blames_everybody),
+             around(CycleStage, "_call", blames_everybody),
              partial(F.test_r10_a_shared_call_that_raises_is_repeated_for_each_alone, stage))
       for stage in ("encoder", "model", "index")),
     Mutant("R10", "what is stale is repeated too", instead(Session, "is_stale", lambda self, epoch: False),

@@ -108,7 +108,9 @@ class Short(Guessing):
         return []
 
 
-@pytest.mark.parametrize(("kind", "said"), [(Broken, "drafter's search raised OSError: gone"), (Short, "1 queries")])
+@pytest.mark.parametrize(
+    ("kind", "said"), [(Broken, "drafter's search raised OSError: gone"), (Short, "0 rankings for 1 queries")]
+)
 async def test_a_fault_of_it_says_whose_it_is(kind: type[Guessing], said: str) -> None:
     retriever = AlwaysMisses()
     with pytest.raises(RetrieverFailed, match=said):
