@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from typing import Any
+from weakref import WeakSet
 
 import clocks
 import pytest
@@ -272,17 +273,20 @@ def ends_without_saying(finish: Any, self: Session, *arguments: Any) -> None:
         finish(self, *arguments)
 
 
-async def blames_everybody(settle: Any, self: CycleStage[Any, Any], taken: Any) -> None:
-    """Of a call that is made while another one is being settled."""
-    if getattr(self, "settling", False):
+CALLING: WeakSet[CycleStage[Any, Any]] = WeakSet()
+
+
+async def blames_everybody(call: Any, self: CycleStage[Any, Any], taken: Any) -> None:
+    """Of a call that is made because another one raised."""
+    if self in CALLING:
         for _, session, _ in taken:
             session.finish(Status.FAILED, RetrieverFailed("shared"))
         return
-    self.settling = True  # type: ignore[attr-defined]
+    CALLING.add(self)
     try:
-        await settle(self, taken)
+        await call(self, taken)
     finally:
-        del self.settling  # type: ignore[attr-defined]
+        CALLING.discard(self)
 
 
 def dies_alone(die: Any, self: Runner, *arguments: Any) -> None:

@@ -22,7 +22,7 @@ from ralmspec.pipeline import (
     RolledBack,
     Synchronous,
 )
-from ralmspec.stages.messages import Decoded, Pass
+from ralmspec.stages.messages import Check, Decoded, Pass
 from ralmspec.stages.model import Frontier, Prefix
 from ralmspec.stages.request import Status
 from ralmspec.stages.step import Move
@@ -47,6 +47,16 @@ def proposal(hand: Hand) -> Pass:
 
 def say(hand: Hand, *tokens: int) -> None:
     hand.session.decoded(proposal(hand), Decoded(tokens, None), seconds=0.0)
+
+
+def two_flights() -> tuple[Hand, Sequence[Check], Sequence[Check]]:
+    """Two steps of two tokens; the checks of the second and of what comes next fly, each in a batch of its own."""
+    hand = Hand(Eager(window=8, flights=3, token_check=True))
+    hand.play((1, 2), guesses=(5, 6, 7))
+    first = hand.launch()
+    hand.decode(3, 4)
+    hand.look()
+    return hand, first, hand.launch()
 
 
 def test_the_pass_proposes_what_was_written_under_the_true_document() -> None:
@@ -89,12 +99,7 @@ def test_what_comes_after_the_first_difference_is_not_believed() -> None:
 
 
 def test_later_verdicts_wait_for_the_doubt() -> None:
-    hand = Hand(Eager(window=8, flights=3, token_check=True))
-    hand.play((1, 2), guesses=(5, 6, 7))
-    first = hand.launch()
-    hand.decode(3, 4)
-    hand.look()
-    second = hand.launch()
+    hand, first, second = two_flights()
     hand.decode(5, 6)
     hand.judge(first, 9)
     hand.judge(second, 8)
@@ -186,12 +191,7 @@ def test_a_session_that_ends_in_doubt_has_ended() -> None:
 
 
 def test_verdicts_of_another_path_do_not_end_a_doubt() -> None:
-    hand = Hand(Eager(window=8, flights=3, token_check=True))
-    hand.play((1, 2), guesses=(5, 6, 7))
-    first = hand.launch()
-    hand.decode(3, 4)
-    hand.look()
-    second = hand.launch()
+    hand, first, second = two_flights()
     hand.judge(first, 9)
     say(hand, 3, 8)
     hand.look()
