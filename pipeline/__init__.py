@@ -33,6 +33,7 @@ Importing this package loads none of torch, transformers, faiss or sentence-tran
 """
 
 from ralmspec.retrievers.base import Document as Document
+from ralmspec.retrievers.base import Drafter as Drafter
 from ralmspec.retrievers.base import Query as Query
 from ralmspec.retrievers.base import Ranking as Ranking
 from ralmspec.retrievers.base import Retriever as Retriever

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ralmspec.retrievers.base import Retriever
+from ralmspec.retrievers.base import Drafter, Retriever
 from ralmspec.retrievers.errors import BadKnowledge
 from ralmspec.retrievers.index import SearchOptions
 from ralmspec.retrievers.proposals import Scan
@@ -102,7 +102,7 @@ class Engine:
     index: Retriever
     workload: Workload
     questions: QuestionFolder | None = None
-    drafter: Retriever | None = None
+    drafter: Drafter | None = None
 
     @property
     def limits(self) -> Limits:

@@ -7,7 +7,7 @@ from typing import Self
 import anyio
 from anyio import AsyncContextManagerMixin
 
-from ralmspec.retrievers.base import Retriever
+from ralmspec.retrievers.base import Drafter, Retriever
 from ralmspec.stages.in_context import InContext
 from ralmspec.stages.messages import Committed, Done, Event
 from ralmspec.stages.model import LanguageModel
@@ -46,7 +46,7 @@ class Pipeline(AsyncContextManagerMixin):
         retriever: Retriever,
         workload: Workload | None = None,
         speculation: Speculation | None = None,
-        drafter: Retriever | None = None,
+        drafter: Drafter | None = None,
         output: Sequence[Stage[Event, Event]] = (),
         limits: Limits | None = None,
         worker: Callable[[str, int], Worker] | None = None,

@@ -9,7 +9,7 @@ import anyio
 from anyio import create_memory_object_stream
 from anyio.streams.memory import MemoryObjectSendStream
 
-from ralmspec.retrievers.base import Retriever
+from ralmspec.retrievers.base import Drafter, Retriever
 from ralmspec.retrievers.cache import SessionCache
 from ralmspec.stages.errors import InvariantBroken, WorkerLost
 from ralmspec.stages.generate import Generate
@@ -47,7 +47,7 @@ class Runner:
         *,
         model: LanguageModel,
         retriever: Retriever,
-        drafter: Retriever | None,
+        drafter: Drafter | None,
         workload: BoundWorkload,
         chooser: Chooser,
         output: Sequence[Stage[Event, Event]],

@@ -47,6 +47,22 @@ class Document:
     text: str
 
 
+class Drafter(Protocol):
+    """What guesses beside a session's cache: a faster index over the same documents, with the same ids and the same
+    query vectors. Every `Retriever` is one. Its scores are not looked at: those of the knowledge base decide.
+
+    Blocking; no two searches run at the same time.
+    """
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        ...
+
+    def search(self, queries: Sequence[Query], k: int) -> list[Ranking]:
+        """At most k documents for each encoded query; none is a guess too, and means no guess."""
+        ...
+
+
 class Retriever(Protocol):
     """A knowledge base. Every method is blocking and is called from worker threads, `document` from the loop as well.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ralmspec.retrievers.base import Query, Ranking, Retriever
+from ralmspec.retrievers.base import Drafter, Query, Ranking, Retriever
 from ralmspec.retrievers.cache import SessionCache
 from ralmspec.retrievers.errors import RetrieverFailed
 from ralmspec.retrievers.ranking import rank
@@ -52,7 +52,7 @@ class Lookup(CycleStage[Question, Looked]):
         worker: Worker,
         now: Callable[[], float],
         *,
-        drafter: Retriever | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         super().__init__(sessions, worker, now)
         self._retriever = retriever
@@ -106,7 +106,7 @@ class Lookup(CycleStage[Question, Looked]):
         top_k = self._workload.top_k
         try:
             guess = cache.best(query, top_k) if cache is not None else None
-            if draft is None:
+            if draft is None or not len(draft.ids):
                 return Looked(query, guess)
             ids = draft.ids if guess is None else np.union1d(guess.ids, draft.ids)
             best = rank(ids, self._retriever.score(query, self._retriever.rows(ids)), top_k)

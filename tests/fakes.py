@@ -158,9 +158,6 @@ class Scattered(FakeRetriever):
 class Guessing:
     """A drafter: brings the retriever's own documents for some queries, and others for the rest."""
 
-    concurrency = 1
-    description = "guessing"
-
     def __init__(self, retriever: Any, right: float = 0.5) -> None:
         self._retriever = retriever
         self._right = right

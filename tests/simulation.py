@@ -193,7 +193,7 @@ def simulate(luck: Luck) -> Counter[str]:
     pipeline = Pipeline(
         model=world.model,
         retriever=world.retriever,
-        drafter=Guessing(world.retriever) if chance.random() < 0.3 else None,  # type: ignore[arg-type]
+        drafter=Guessing(world.retriever) if chance.random() < 0.3 else None,
         workload=world.workload,
         speculation=speculation,
         output=output if outside or chance.random() < 0.3 else (),

@@ -98,6 +98,17 @@ async def test_what_does_not_ask_it_is_not_given_it() -> None:
         assert not drafter.asked
 
 
+class Silent(Guessing):
+    def _rank(self, query: Query, k: int) -> Ranking:
+        return Ranking(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32))
+
+
+async def test_one_that_finds_nothing_guesses_nothing() -> None:
+    retriever = FakeRetriever(documents=300, dimension=8, spread=5)
+    statistics = (await served(retriever, Silent(retriever), Continuous())).statistics
+    assert statistics.matched and not statistics.matched_by_drafter, "the cache guesses as ever"
+
+
 class Broken(Guessing):
     def search(self, queries: Any, k: int) -> list[Ranking]:
         raise OSError("gone")
