@@ -1,5 +1,6 @@
 """What one exact dense search costs, batch by batch: faiss's flat scan, our scan of stored vectors, and of codes.
 
+    python benchmarks/exact_scan.py                 the demo's 6,000 passages
     python benchmarks/exact_scan.py --data DIR --sizes 0,1000000,2000000 --out exact_scan
     python benchmarks/exact_scan.py --data DIR --datastore STORE --neighbours 1024 --out exact_scan
 
@@ -37,6 +38,7 @@ from ralmspec.retrievers.passages import Passages
 from ralmspec.retrievers.questions import QuestionFolder
 from ralmspec.retrievers.vectors import Metric, Vectors
 
+DEMO = Path(__file__).parent.parent / "examples" / "demo"
 BATCHES = (1, 2, 4, 8, 16, 32)
 FAISS_THRESHOLD = 128_000  # queries x dimension at which faiss itself turns to BLAS
 
@@ -162,7 +164,9 @@ def table(costs: Sequence[Cost]) -> list[str]:
 
 
 def main(
-    data: Annotated[Path, typer.Option(envvar="RALMSPEC_DATA", help="Folder with passages, embeddings, questions.")],
+    data: Annotated[
+        Path, typer.Option(envvar="RALMSPEC_DATA", help="Folder with passages, embeddings, questions.")
+    ] = DEMO,
     sizes: Annotated[str, typer.Option(help="Vectors, by commas; 0 for as many as there are.")] = "0",
     ks: Annotated[str, typer.Option(help="Documents wanted, by commas.")] = "1,20,256",
     datastore: Annotated[Path | None, typer.Option(help="Also a datastore, by distance.")] = None,

@@ -1,12 +1,14 @@
 """Many sessions at once: tokens a second at 1, 4, 16 and 64 of them, what a batch gains, and memory.
 
     python benchmarks/throughput.py
-    python benchmarks/throughput.py --model FOLDER --data FOLDER --seconds 60 --out throughput
+    python benchmarks/throughput.py --model FOLDER --data FOLDER --seconds 20 --rounds 6 --out throughput
 
 Two parts on one engine. Phases: the model alone reads prefixes of equal length, then decodes, so many sessions at a
-time. Closed loop: RaLMSeq, RaLMSpec with all of the paper's techniques (+PSA), and `continuous`, with as many clients
-as sessions; the same clients in the same order for all three, which take turns at going first. Every output is compared
-with RaLMSeq's own. What overload does is measured by overload.py.
+time. Closed loop: RaLMSeq, RaLMSpec with all of the paper's techniques (+PSA), `continuous` and `adaptive`, with as
+many clients as sessions; the same clients in the same order for all of them, which take turns at going first. With
+--rounds each is served so often, in turn, and ratios get a 95 % bootstrap interval over rounds: one round of half a
+minute is off by some hundredths. Every output is compared with RaLMSeq's own. What overload does is measured by
+overload.py.
 
 Needs ralmspec[demo], or --simulate, and ralmspec[bench] for the plot of --out.
 """
@@ -14,7 +16,7 @@ Needs ralmspec[demo], or --simulate, and ralmspec[bench] for the plot of --out.
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +46,7 @@ ARRANGEMENTS: dict[str, Callable[[], Speculation]] = {
     "continuous": Continuous,
     "adaptive": Adaptive,
 }
-"""Made anew for each number of clients, so that what adapts begins anew."""
+"""Made anew for each number of clients, so that what adapts begins anew, and keeps what it learned over rounds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +61,12 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """One arrangement with so many clients. The rates leave out the first quarter of the time, when nothing ends yet,
-    and what comes after it, when clients leave."""
+    """One round of one arrangement with so many clients. The rates leave out the first quarter of the time, when
+    nothing ends yet, and what comes after it, when clients leave."""
 
     arrangement: str
     sessions: int
+    round: int
     tok_s: float
     forward_tok_s: float
     """Committed tokens for each second inside `model.forward`."""
@@ -118,7 +121,16 @@ def held(engine: Engine) -> int:
     return told()
 
 
-def serve(engine: Engine, name: str, sessions: int, seconds: float, traffic: Traffic, oracle: Oracle) -> Level:
+def serve(
+    engine: Engine,
+    name: str,
+    speculation: Speculation,
+    sessions: int,
+    seconds: float,
+    traffic: Traffic,
+    oracle: Oracle,
+    number: int,
+) -> Level:
     """One arrangement in a closed loop for so long."""
     looks: list[tuple[float, int, float]] = []
     kv_bytes = 0
@@ -132,7 +144,7 @@ def serve(engine: Engine, name: str, sessions: int, seconds: float, traffic: Tra
     plan = Plan(
         arrivals=ClosedLoop(concurrency=sessions),
         traffic=traffic,
-        arrangement=ARRANGEMENTS[name](),
+        arrangement=speculation,
         seconds=seconds,
     )
     stress = Stress(engine, plan, oracle, replace(engine.limits, sessions=sessions), tick=tick)
@@ -141,6 +153,7 @@ def serve(engine: Engine, name: str, sessions: int, seconds: float, traffic: Tra
     return Level(
         arrangement=name,
         sessions=sessions,
+        round=number,
         tok_s=float(tokens / took),
         forward_tok_s=float(tokens / forward_s),
         kv_bytes=kv_bytes,
@@ -148,8 +161,19 @@ def serve(engine: Engine, name: str, sessions: int, seconds: float, traffic: Tra
     )
 
 
+def over(mine: Sequence[Level], baseline: Sequence[Level]) -> str:
+    """Tokens a second over the baseline's, all rounds together, and the 95 % bootstrap interval over rounds."""
+    rates = np.array([[level.tok_s for level in mine], [level.tok_s for level in baseline]])
+    told = f"{rates[0].sum() / rates[1].sum():.2f}"
+    if (rounds := rates.shape[1]) < 3:
+        return told
+    drawn = rates[:, np.random.default_rng(0).integers(0, rounds, (2000, rounds))].sum(axis=2)
+    low, high = np.quantile(drawn[0] / drawn[1], [0.025, 0.975])
+    return f"{told} ({low:.2f}-{high:.2f})"
+
+
 def markdown(phases: list[Phase], levels: list[Level]) -> list[str]:
-    """Two tables."""
+    """Two tables. Of several rounds: means, the greatest p99 and the most memory."""
     heads = ["sessions", "prefill tok/s", "decode tok/s", "decode over one", "KV MB a session"]
     lines = ["The model alone:", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     lines += [
@@ -160,16 +184,24 @@ def markdown(phases: list[Phase], levels: list[Level]) -> list[str]:
     heads = ["sessions", "arrangement", "tok/s", "over RaLMSeq", "tok/s inside forward", "sessions a pass"]
     heads += ["p50 s", "p99 s", "first token p50 s", "KV MB a session", "identical"]
     lines += ["", "Closed loop:", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    baseline = {level.sessions: level.tok_s for level in levels if level.arrangement == "RaLMSeq"}
+    rows: dict[tuple[int, str], list[Level]] = {}
     for level in levels:
-        made = level.made
-        over = f"{level.tok_s / baseline[level.sessions]:.2f}" if baseline.get(level.sessions) else ""
-        times = " | ".join(f"{time or 0:.2f}" for time in (made.p50_e2e_s, made.p99_e2e_s, made.p50_ttft_s))
-        near = f" +{made.explained} near-ties" if made.explained else ""
+        rows.setdefault((level.sessions, level.arrangement), []).append(level)
+    for (sessions, name), rounds in rows.items():
+        reports = [level.made for level in rounds]
+        rate, inside = (np.mean([getattr(level, key) for level in rounds]) for key in ("tok_s", "forward_tok_s"))
+        times = (
+            np.mean([report.p50_e2e_s or 0 for report in reports]),
+            max(report.p99_e2e_s or 0 for report in reports),
+            np.mean([report.p50_ttft_s or 0 for report in reports]),
+        )
+        near = sum(report.explained for report in reports)
         lines.append(
-            f"| {level.sessions} | {level.arrangement} | {level.tok_s:,.1f} | {over} | {level.forward_tok_s:,.1f} | "
-            f"{made.mean_batch or 0:.1f} | {times} | {level.kv_bytes / 1e6:.2f} | "
-            f"{made.matched}/{made.checked}{near} |"
+            f"| {sessions} | {name} | {rate:,.1f} | {over(rounds, rows[sessions, 'RaLMSeq'])} | {inside:,.1f} | "
+            f"{np.mean([report.mean_batch or 0 for report in reports]):.1f} | "
+            f"{' | '.join(f'{time:.2f}' for time in times)} | {max(level.kv_bytes for level in rounds) / 1e6:.2f} | "
+            f"{sum(report.matched for report in reports)}/{sum(report.checked for report in reports)}"
+            f"{f' +{near} near-ties' if near else ''} |"
         )
     return lines
 
@@ -180,10 +212,10 @@ def plot(levels: list[Level], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name in ARRANGEMENTS:
-        mine = [level for level in levels if level.arrangement == name]
-        axes.plot([level.sessions for level in mine], [level.tok_s for level in mine], marker="o", label=name)
     counts = sorted({level.sessions for level in levels})
+    for name in ARRANGEMENTS:
+        mine = [[level.tok_s for level in levels if (level.sessions, level.arrangement) == (n, name)] for n in counts]
+        axes.plot(counts, [np.mean(rates) for rates in mine], marker="o", label=name)
     axes.set(xscale="log", xlabel="sessions at once", ylabel="tokens a second", title=title)
     axes.set_xticks(counts, labels=[str(count) for count in counts])
     axes.set_ylim(bottom=0)
@@ -205,6 +237,7 @@ def main(
     simulate: Annotated[bool, typer.Option("--simulate", help="SIMULATION: an engine that only sleeps.")] = False,
     sessions: Annotated[str, typer.Option(help="Sessions at once, with commas.")] = "1,4,16,64",
     seconds: Annotated[float, typer.Option(min=0.1, help="Time for each arrangement and number of sessions.")] = 20.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of that; 3 or more for intervals.")] = 1,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts that clients choose from.")] = 16,
     prefix: Annotated[int, typer.Option(min=1, help="The model alone: tokens of a prefix.")] = 384,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that clients ask for, at most.")] = 32,
@@ -235,16 +268,19 @@ def main(
     phases = [phase(engine, count, prefix, max_new_tokens) for count in counts]
     levels: list[Level] = []
     for number, count in enumerate(counts):
-        turns = [*ARRANGEMENTS][:: 1 if number % 2 == 0 else -1]
-        made = {name: serve(engine, name, count, seconds, traffic, oracle) for name in turns}
-        levels += [made[name] for name in ARRANGEMENTS]
-        for name in ARRANGEMENTS:
-            console.print(f"{count} sessions, {name}: {made[name].tok_s:,.1f} tok/s")
+        served = {name: make() for name, make in ARRANGEMENTS.items()}
+        for turn in range(rounds):
+            turns = [*served][:: 1 if (number + turn) % 2 == 0 else -1]
+            made = {name: serve(engine, name, served[name], count, seconds, traffic, oracle, turn) for name in turns}
+            levels += [made[name] for name in served]
+            for name in served:
+                console.print(f"{count} sessions, {name}: {made[name].tok_s:,.1f} tok/s")
         if out is None:
             continue
         facts = environment(engine=options.facts(), retriever=engine.description, simulated=simulate, seconds=seconds)
-        head = f"{'SIMULATED engine. ' if simulate else ''}{facts['retriever']}. {seconds:g} s each, at most "
-        head += f"{max_new_tokens} tokens. {facts['date']}, {facts['machine']}, load average {facts['load_average']}."
+        head = f"{'SIMULATED engine. ' if simulate else ''}{facts['retriever']}. {rounds} rounds of "
+        head += f"{seconds:g} s each, at most {max_new_tokens} tokens. {facts['date']}, {facts['machine']}, "
+        head += f"load average {facts['load_average']}."
         out.with_suffix(".md").write_text("\n".join([head, "", *markdown(phases, levels)]) + "\n")
         rows = [asdict(level) | {"made": level.made.model_dump(mode="json")} for level in levels]
         everything = {"environment": facts, "phases": [asdict(each) for each in phases], "levels": rows}

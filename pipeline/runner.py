@@ -27,7 +27,7 @@ from ralmspec.stages.verify import Verify
 from ralmspec.stages.workload import BoundWorkload
 
 from .admission import Admission
-from .errors import EngineDead, NotServing
+from .errors import DeadlineExceeded, EngineDead, NotServing
 from .lag_alarm import LagAlarm
 from .limits import Limits
 from .output_path import Delivery, PickUp
@@ -156,7 +156,7 @@ class Runner:
     def _released(self, session: Session) -> None:
         """A slot is free: the session ended and everything of it is home (R6)."""
         self._model.forget(session.id)
-        if session.status is Status.DONE:
+        if session.status is Status.DONE or isinstance(session.error, DeadlineExceeded):
             self._chooser.learn(session.request, session.arrangement, session.statistics)
         self.admission.released(session)
         self._change()

@@ -33,12 +33,15 @@ class Chooser(Protocol):
         ...
 
     def learn(self, request: Request, arrangement: Arrangement, statistics: Statistics) -> None:
-        """A session that was served so has come to its end, and well."""
+        """A session that was served so has come to its end, and well, or has missed its deadline."""
         ...
 
 
 Speculation = Arrangement | Chooser
 """What a pipeline can be given: an arrangement for all its sessions, or what chooses one for each."""
+
+
+_TIE = 1.05
 
 
 class Always:
@@ -63,15 +66,17 @@ class Adaptive:
     Which one that is depends on what no formula of a and b knows: whether searching and decoding share cores or memory,
     how many sessions there are, how often guesses are right. So it is measured. `choices` are tried in their order,
     the first one at once; another only if it could be faster, by what is known of a and b, and then by one session in
-    eight until it has a result. The second best is looked at again from time to time, if it is close. Sessions of other
-    lengths are another matter, since a short one waits for the first search and the last verification as long as a
-    long one does: what is learned holds for requests of about as many `max_new_tokens`.
+    eight until it has a result. The second best is looked at again from time to time, if it is close. Put what works
+    least last: of choices that take the same but for a twentieth, more than which a few sessions cannot tell, the last
+    one serves. Sessions of other lengths are another matter, since a short one waits for the first search and the last
+    verification as long as a long one does: what is learned holds for requests of about as many `max_new_tokens`.
 
     Without `choices`: `Continuous`, `Synchronous` with OS3 whose γ is not cut at 0.6, and `Sequential`, for searches so
     cheap that guessing costs more than it saves. `prefetch` is that of the first two.
 
-    Only sessions that end with `Done` teach it anything. It remembers what it has learned as long as it lives; give
-    every pipeline its own.
+    Sessions that fail or are given up teach it nothing, but those that miss their deadline do, and while a session
+    waits for its reader, no time counts. It remembers what it has learned as long as it lives; give every pipeline its
+    own.
     """
 
     def __init__(self, choices: Sequence[Arrangement] = (), *, prefetch: int = 256) -> None:
@@ -93,7 +98,7 @@ class Adaptive:
 
     def learn(self, request: Request, arrangement: Arrangement, statistics: Statistics) -> None:
         """Take in what a session took."""
-        if statistics.steps and statistics.kb_calls:
+        if statistics.latency_s:
             self._ledger(request).note(arrangement, statistics)
 
     def _ledger(self, request: Request) -> "_Ledger":
@@ -116,19 +121,21 @@ class _Ledger:
         return chosen
 
     def note(self, arrangement: Arrangement, statistics: Statistics) -> None:
-        self._seconds[arrangement].append(statistics.latency_s / statistics.steps)
-        self._step_s = statistics.busy_s / statistics.steps
-        self._search_s = statistics.search_s / statistics.kb_calls
+        steps = max(1, statistics.steps)  # a deadline may have come before the first step, or search
+        self._seconds[arrangement].append((statistics.latency_s - statistics.reader_s) / steps)
+        self._step_s = statistics.busy_s / steps
+        self._search_s = statistics.search_s / max(1, statistics.kb_calls)
 
     def _choose(self) -> Arrangement:
-        known = sorted((choice for choice, seconds in self._seconds.items() if seconds), key=self._median)
+        known = [choice for choice, seconds in self._seconds.items() if seconds]
         if not known:
             return next(iter(self._seconds))
-        best = known[0]
+        fastest = min(map(self._median, known))
+        best = next(choice for choice in reversed(known) if self._median(choice) <= _TIE * fastest)
         for choice, seconds in self._seconds.items():
             if not seconds and self._rested(choice, 8) and self._could_win(choice, best):
                 return choice
-        second = known[1] if len(known) > 1 else best
+        second = min((choice for choice in known if choice != best), key=self._median, default=best)
         close = self._median(second) < 1.25 * self._median(best)
         # The more is known of it, the less often it is tried again.
         return second if close and self._rested(second, 4 * len(self._seconds[second])) else best

@@ -20,7 +20,7 @@ class Generate(CycleStage[Pass, Decoded]):
     """Decodes. Every thread call is one forward pass for up to `model.max_batch` sessions.
 
     Steps known to be right go before drafts. If they fill a pass by themselves, `load` says so, and drafts that wait go
-    home without one: their sessions then send out their checks instead.
+    home without one: their sessions then send out their checks instead. They may draft again once nobody waits.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Generate(CycleStage[Pass, Decoded]):
     async def run(self, inbox: Inbox[Turn], outbox: Outbox[Session]) -> None:
         """Serve until the inbox ends. What does not fit into a pass waits for the next, in the order of its coming."""
         waiting: list[Turn] = []
-        while turns := waiting + await take(inbox, wait=not waiting):
+        while turns := waiting + await take(inbox, wait=False) or await self._idle(inbox, outbox):
             turns.sort(key=self._is_draft)
             served, waiting = turns[: self._batch], turns[self._batch :]
             self._load.crowded = bool(waiting) and not self._is_draft(served[-1])
@@ -49,6 +49,14 @@ class Generate(CycleStage[Pass, Decoded]):
                 send_home([(turn, self._sessions[turn.session]) for turn in waiting if self._is_draft(turn)], outbox)
                 waiting = [turn for turn in waiting if not self._is_draft(turn)]
             await self._serve(served, outbox)
+
+    async def _idle(self, inbox: Inbox[Turn], outbox: Outbox[Session]) -> list[Turn]:
+        """Nobody waits for a pass: sessions that made way for others are looked at again, before the model idles."""
+        if self._load.crowded:
+            self._load.crowded = False
+            for session in [self._sessions[id] for id in [*self._sessions]]:
+                outbox.send_nowait(session)
+        return await take(inbox)
 
     def _is_draft(self, turn: Turn) -> bool:
         return self._sessions[turn.session].drafts

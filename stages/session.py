@@ -79,6 +79,7 @@ class Session:
         self._decoded_s: list[float] = []  # what each step took that was completed since the last verification
         self._stood: list[bool] = []  # since then, of each guess that was judged, whether its tokens stand
         self._verification_s = 0.0
+        self._full_since = 0.0  # when so much was unread that the session began to wait for its reader
         self._text = TextStream(render)
         self._emit = emit
         self._now = now
@@ -170,10 +171,18 @@ class Session:
         else:
             self.out.discard(turn.place)
 
+    def told(self) -> None:
+        """One event more waits for the caller."""
+        self.unread += 1
+        if self.unread == self.request.unread_limit:
+            self._full_since = self._now()
+
     def heard(self) -> None:
         """One event fewer waits for the caller. A reader that was away does not count as the session's own delay."""
         if self.blocked_by_reader:
             self.progress = self._now()
+        if self.unread == self.request.unread_limit:
+            self.statistics.reader_s += self._now() - self._full_since
         self.unread -= 1
 
     def write_off(self) -> None:
@@ -429,6 +438,7 @@ class Session:
         self.steps.clear()
         self.statistics.new_tokens = len(self.committed)
         self.statistics.latency_s = self._now() - self.admitted
+        self.statistics.reader_s += self._now() - self._full_since if self.blocked_by_reader else 0.0
         self.out.add(Place.OUTPUT)
         self._emit(self.last_event())
 

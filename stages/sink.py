@@ -22,7 +22,7 @@ class Sink:
     def put(self, event: Event) -> None:
         """Leave an event for the reader."""
         self.events.append(event)
-        self.session.unread += 1
+        self.session.told()
         self._arrived.set()
 
     async def get(self) -> Event:

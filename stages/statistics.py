@@ -36,6 +36,8 @@ class Statistics:
     """From admission to the first committed token."""
     latency_s: float = 0.0
     """From admission to the end."""
+    reader_s: float = 0.0
+    """Of that, while the caller had so much left unread that nothing new was begun for it."""
 
     @property
     def gamma(self) -> float | None:

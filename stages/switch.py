@@ -83,7 +83,7 @@ class Switch:
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             pass  # the output path is dead with what was in it, so is the engine, and `bury` will say so
         else:
-            self.live[event.session].unread += 1
+            self.live[event.session].told()
 
     def picked_up(self, event: Event) -> None:
         """An output stage has taken the event; what it makes of it, and whether it lives on, is its own business."""

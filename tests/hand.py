@@ -50,7 +50,7 @@ class Hand:
 
     def emit(self, event: Event) -> None:
         self.events.append(event)
-        self.session.unread += 1
+        self.session.told()
 
     def ask(self) -> Query:
         assert self.session.move is Move.LOOK

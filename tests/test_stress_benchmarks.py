@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,7 @@ def test_throughput_writes_both_tables(tmp_path: Path) -> None:
     one, four = (phase["decode_tok_s"] for phase in made["phases"])
     assert 2 < four / one < 4, "a simulated pass of four takes 6.5 ms, one of one 5 ms"
     levels = [(level["sessions"], level["arrangement"]) for level in made["levels"]]
+    assert all(level["round"] == 0 for level in made["levels"])
     assert levels == [(count, name) for count in (1, 4) for name in ("RaLMSeq", "+PSA", "continuous", "adaptive")]
     for level in made["levels"]:
         assert level["tok_s"] > 0 and level["forward_tok_s"] > level["tok_s"] / 2
@@ -49,6 +51,23 @@ def test_throughput_writes_both_tables(tmp_path: Path) -> None:
     text = out.with_suffix(".md").read_text()
     assert text.startswith("SIMULATED") and "| 4 | continuous |" in text and "decode over one" in said
     assert out.with_suffix(".svg").stat().st_size > 1000
+
+
+def test_throughput_of_several_rounds_has_an_interval(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs ralmspec[bench]")
+    out = tmp_path / "throughput"
+    shown("throughput", "--sessions", "4", "--seconds", "1.2", "--rounds", "3", "--prefix", "20", "--out", str(out))
+    made = json.loads(out.with_suffix(".json").read_text())
+    rounds = [level["round"] for level in made["levels"] if level["arrangement"] == "continuous"]
+    lines = out.with_suffix(".md").read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| 4 | ")][1:]  # the first is of the model alone
+    ratios = {row[1]: row[3] for row in rows}
+    assert rounds == [0, 1, 2] and len(ratios) == 4
+    assert ratios["RaLMSeq"] == "1.00 (1.00-1.00)"
+    share, low, high = (float(figure) for figure in re.findall(r"[0-9.]+", ratios["continuous"]))
+    rates = {name: [one["tok_s"] for one in made["levels"] if one["arrangement"] == name] for name in ratios}
+    assert share == pytest.approx(sum(rates["continuous"]) / sum(rates["RaLMSeq"]), abs=0.006)
+    assert low <= share <= high
 
 
 def test_overload_surges_and_recovers(tmp_path: Path) -> None:
