@@ -113,6 +113,7 @@ class _Ledger:
         self._chosen: dict[Arrangement, int] = {}  # when last, counted in choices
         self._count = 0
         self._step_s = self._search_s = 0.0
+        self._queries = 1.0  # that shared a search
 
     def choose(self) -> Arrangement:
         self._count += 1
@@ -125,6 +126,7 @@ class _Ledger:
         self._seconds[arrangement].append((statistics.latency_s - statistics.reader_s) / steps)
         self._step_s = statistics.busy_s / steps
         self._search_s = statistics.search_s / max(1, statistics.kb_calls)
+        self._queries = max(1.0, statistics.kb_queries / max(1, statistics.kb_calls))
 
     def _choose(self) -> Arrangement:
         known = [choice for choice, seconds in self._seconds.items() if seconds]
@@ -147,10 +149,11 @@ class _Ledger:
         return self._count - self._chosen.get(choice, -choices) >= choices
 
     def _could_win(self, choice: Arrangement, best: Arrangement) -> bool:
-        """Whether its steps might take less than those of the best: the work of a step, and a search, shared by as
-        many steps as may wait for one, as the last session measured them; less a quarter, since each may have slowed
-        the other down."""
-        return 0.75 * (self._step_s + self._search_s / choice.window) < self._median(best)
+        """Whether its steps might take less than those of the best: the work of a step, and its part of a search, as
+        the last session measured them; less a quarter, since each may have slowed the other down. A search for fewer
+        may take less by as much as they are fewer; the same search may serve as many steps as may wait for it."""
+        search_s = self._search_s / max(self._queries, choice.window)
+        return 0.75 * (self._step_s + search_s) < self._median(best)
 
 
 def beyond(prefetch: int = 256) -> dict[str, Speculation]:

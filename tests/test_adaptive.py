@@ -45,14 +45,17 @@ class World:
     seconds: dict[type[Any], float]
     a: float
     b: float
+    queries: int = 1  # in a search, unless the session is served sequentially
 
     def statistics(self, arrangement: Arrangement) -> Statistics:
+        queries = self.queries if arrangement.guesses else 1
         return Statistics(
-            steps=10,
-            kb_calls=10,
-            latency_s=10 * self.seconds[type(arrangement)],
-            busy_s=10 * self.a,
-            search_s=10 * self.b,
+            steps=40,
+            kb_calls=40 // queries,
+            kb_queries=40 // queries * queries,
+            latency_s=40 * self.seconds[type(arrangement)],
+            busy_s=40 * self.a,
+            search_s=40 // queries * queries * self.b,
         )
 
 
@@ -84,6 +87,12 @@ def test_it_settles_for_what_is_fastest(world: World, best: type[Any]) -> None:
     assert Counter(chosen[12:])[best] >= 215
     spent = sum(world.seconds[kind] for kind in chosen[12:]) / len(chosen[12:])
     assert spent <= 1.01 * world.seconds[best], "looking again at the second best costs next to nothing"
+
+
+def test_searches_that_cost_what_their_queries_cost_one_by_one_are_seen_through() -> None:
+    """A batch of eight takes eight times one, and guesses are poor: to serve one after the other takes half as long."""
+    shared = World({Continuous: 17.0, Synchronous: 15.0, Sequential: 8.0}, a=1.0, b=7.0, queries=8)
+    assert Counter(played(Adaptive(), lambda number: shared, 120)[12:])[Sequential] >= 100
 
 
 def test_of_those_that_are_as_fast_it_takes_what_works_least() -> None:
