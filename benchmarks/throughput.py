@@ -282,7 +282,9 @@ def main(
         head += f"{seconds:g} s each, at most {max_new_tokens} tokens. {facts['date']}, {facts['machine']}, "
         head += f"load average {facts['load_average']}."
         out.with_suffix(".md").write_text("\n".join([head, "", *markdown(phases, levels)]) + "\n")
-        rows = [asdict(level) | {"made": level.made.model_dump(mode="json")} for level in levels]
+        rows = [
+            asdict(level) | {"made": level.made.model_dump(mode="json", exclude={"environment"})} for level in levels
+        ]
         everything = {"environment": facts, "phases": [asdict(each) for each in phases], "levels": rows}
         out.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n")
         plot(levels, out.with_suffix(".svg"), "simulated engine" if simulate else Path(model).name)

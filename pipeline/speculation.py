@@ -42,6 +42,7 @@ Speculation = Arrangement | Chooser
 
 
 _TIE = 1.05
+"""Medians of eight sessions or fewer that differ by no more than this are as good as equal."""
 
 
 class Always:
@@ -111,6 +112,7 @@ class _Ledger:
     def __init__(self, choices: Sequence[Arrangement]) -> None:
         self._seconds: dict[Arrangement, deque[float]] = {choice: deque(maxlen=8) for choice in choices}  # a step
         self._chosen: dict[Arrangement, int] = {}  # when last, counted in choices
+        self._hopeless: set[Arrangement] = set()  # missed a deadline with nothing at all
         self._count = 0
         self._step_s = self._search_s = 0.0
         self._queries = 1.0  # that shared a search
@@ -122,20 +124,23 @@ class _Ledger:
         return chosen
 
     def note(self, arrangement: Arrangement, statistics: Statistics) -> None:
-        steps = max(1, statistics.steps)  # a deadline may have come before the first step, or search
-        self._seconds[arrangement].append((statistics.latency_s - statistics.reader_s) / steps)
-        self._step_s = statistics.busy_s / steps
-        self._search_s = statistics.search_s / max(1, statistics.kb_calls)
-        self._queries = max(1.0, statistics.kb_queries / max(1, statistics.kb_calls))
+        if not statistics.steps:  # nothing was committed before the deadline
+            self._hopeless.add(arrangement)
+            return
+        self._seconds[arrangement].append((statistics.latency_s - statistics.reader_s) / statistics.steps)
+        self._step_s = statistics.busy_s / statistics.steps
+        self._search_s = statistics.search_s / statistics.kb_calls
+        self._queries = statistics.kb_queries / statistics.kb_calls
 
     def _choose(self) -> Arrangement:
         known = [choice for choice, seconds in self._seconds.items() if seconds]
         if not known:
-            return next(iter(self._seconds))
+            return next((choice for choice in self._seconds if choice not in self._hopeless), [*self._seconds][-1])
         fastest = min(map(self._median, known))
         best = next(choice for choice in reversed(known) if self._median(choice) <= _TIE * fastest)
         for choice, seconds in self._seconds.items():
-            if not seconds and self._rested(choice, 8) and self._could_win(choice, best):
+            rest = 16 if choice in self._hopeless else 8
+            if not seconds and self._rested(choice, rest) and self._could_win(choice, best):
                 return choice
         second = min((choice for choice in known if choice != best), key=self._median, default=best)
         close = self._median(second) < 1.25 * self._median(best)

@@ -181,7 +181,7 @@ class Session:
         """One event fewer waits for the caller. A reader that was away does not count as the session's own delay."""
         if self.blocked_by_reader:
             self.progress = self._now()
-        if self.unread == self.request.unread_limit:
+        if self.unread == self.request.unread_limit and not self.final:
             self.statistics.reader_s += self._now() - self._full_since
         self.unread -= 1
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import anyio
@@ -196,6 +197,24 @@ def test_time_that_a_reader_takes_is_nobodys() -> None:
     assert isinstance(adaptive.choose(REQUEST), Continuous)
 
 
+async def test_what_is_read_after_the_end_is_not_waited_for() -> None:
+    """All is decoded before the reader looks, once."""
+    async with Pipeline(
+        model=FakeModel(ends=False),
+        retriever=FakeRetriever(documents=300, dimension=8, spread=5),
+        workload=InContext(retrieval_stride=4),
+        speculation=Sequential(),
+        limits=Limits(unread_events=10),
+        worker=fixed(model=0.5, index=6.0),
+    ) as pipeline:
+        async with pipeline.session("3 1", max_new_tokens=40, ignore_eos=True) as session:
+            await anyio.sleep(500.0)
+            async for event in session:
+                statistics = event.statistics if isinstance(event, Done) else None
+        assert statistics is not None and statistics.reader_s == 0.0
+        assert statistics.latency_s == pytest.approx(80.0)
+
+
 async def test_how_long_a_session_waits_for_its_reader_is_measured() -> None:
     """Steps of 8 s, an event every 30 s: a session that may leave two of them unread waits for the rest."""
     async with Pipeline(
@@ -215,6 +234,18 @@ async def test_how_long_a_session_waits_for_its_reader_is_measured() -> None:
         assert statistics is not None
         assert statistics.latency_s == pytest.approx(24 + sum((14 + 8, *[30] * 6)))
         assert statistics.reader_s == pytest.approx(14 + 6 * 22)
+
+
+def test_a_deadline_that_nothing_can_keep_says_little_of_other_sessions() -> None:
+    """The first request, and one in four, want their answers before the first search is home."""
+    adaptive, luck = Adaptive(), Random(0)
+    chosen = []
+    for number in range(120):
+        chosen.append(adaptive.choose(REQUEST))
+        hopeless = number == 0 or luck.random() < 0.25
+        taken = Statistics(latency_s=0.01, kb_calls=1, kb_queries=1) if hopeless else OWN.statistics(chosen[-1])
+        adaptive.learn(REQUEST, chosen[-1], taken)
+    assert Counter(type(each) for each in chosen[20:])[Continuous] >= 90
 
 
 async def test_a_first_choice_that_misses_every_deadline_is_left() -> None:
