@@ -432,3 +432,24 @@ def test_whatever_comes_home_when_the_output_is_the_oracles(data: st.DataObject)
     assert [token for step in hand.committed() for token in step] == tokens == session.committed
     assert [event.document.id for event in hand.events if isinstance(event, Committed)] == documents
     assert session.status is Status.DONE and isinstance(hand.events[-1], Done)
+
+
+def test_who_reads_nothing_takes_the_time_until_the_end_and_none_after_it() -> None:
+    hand = Hand(Sequential(), unread_limit=2)
+    for hand.at in (1.0, 2.0, 3.0):
+        hand.session.told()
+    hand.at = 5.0
+    hand.session.heard()
+    assert hand.session.blocked_by_reader and hand.session.statistics.reader_s == 0.0
+    hand.at = 6.0
+    hand.session.heard()
+    assert hand.session.statistics.reader_s == 4.0, "full from the second event on, until fewer than two are left"
+    hand.at = 7.0
+    hand.session.told()
+    hand.at = 10.0
+    hand.session.finish(Status.DONE)
+    assert hand.session.statistics.reader_s == 7.0 and hand.session.statistics.latency_s == 10.0
+    hand.at = 20.0
+    for _ in range(3):
+        hand.session.heard()
+    assert hand.session.statistics.reader_s == 7.0
