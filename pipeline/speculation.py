@@ -115,7 +115,7 @@ class _Ledger:
         self._hopeless: set[Arrangement] = set()  # missed a deadline with nothing at all
         self._count = 0
         self._step_s = self._search_s = 0.0
-        self._queries = 1.0  # that shared a search
+        self._shortest_s = 0.0  # a search, at least
 
     def choose(self) -> Arrangement:
         self._count += 1
@@ -130,7 +130,7 @@ class _Ledger:
         self._seconds[arrangement].append((statistics.latency_s - statistics.reader_s) / statistics.steps)
         self._step_s = statistics.busy_s / statistics.steps
         self._search_s = statistics.search_s / statistics.kb_calls
-        self._queries = statistics.kb_queries / statistics.kb_calls
+        self._shortest_s = statistics.shortest_search_s
 
     def _choose(self) -> Arrangement:
         known = [choice for choice, seconds in self._seconds.items() if seconds]
@@ -154,10 +154,10 @@ class _Ledger:
         return self._count - self._chosen.get(choice, -choices) >= choices
 
     def _could_win(self, choice: Arrangement, best: Arrangement) -> bool:
-        """Whether its steps might take less than those of the best: the work of a step, and its part of a search, as
-        the last session measured them; less a quarter, since each may have slowed the other down. A search for fewer
-        may take less by as much as they are fewer; the same search may serve as many steps as may wait for it."""
-        search_s = self._search_s / max(self._queries, choice.window)
+        """Whether its steps might take less than those of the best: the work of a step, and a search, shared by as
+        many steps as may wait for one, as the last session measured them; less a quarter, since each may have slowed
+        the other down. Who searches for one at a time may have it for the time of the shortest search."""
+        search_s = self._search_s / choice.window if choice.window > 1 else self._shortest_s
         return 0.75 * (self._step_s + search_s) < self._median(best)
 
 

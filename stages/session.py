@@ -341,6 +341,7 @@ class Session:
         `verification_s` that from launch to verdict.
         """
         self.statistics.search_s += search_s
+        self.statistics.shortest_search_s = min(self.statistics.shortest_search_s, search_s)
         if self.final:
             return
         self.checks.early |= {verdict.step: verdict for verdict in verdicts if verdict.epoch == self.epoch}

@@ -1,5 +1,6 @@
 """What serving one session took: counts, seconds, and what was cut."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -30,6 +31,8 @@ class Statistics:
     """Tokens decoded and then thrown away by a rollback."""
     search_s: float = 0.0
     """Time inside those searches, judging what they found included."""
+    shortest_search_s: float = math.inf
+    """The shortest of them: about what a search of one query takes, if any was of one."""
     busy_s: float = 0.0
     """Time in Lookup and Generate, waiting for their turn included."""
     time_to_first_token_s: float | None = None

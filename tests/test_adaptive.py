@@ -57,6 +57,7 @@ class World:
             latency_s=40 * self.seconds[type(arrangement)],
             busy_s=40 * self.a,
             search_s=40 // queries * queries * self.b,
+            shortest_search_s=self.b,
         )
 
 
@@ -94,6 +95,17 @@ def test_searches_that_cost_what_their_queries_cost_one_by_one_are_seen_through(
     """A batch of eight takes eight times one, and guesses are poor: to serve one after the other takes half as long."""
     shared = World({Continuous: 17.0, Synchronous: 15.0, Sequential: 8.0}, a=1.0, b=7.0, queries=8)
     assert Counter(played(Adaptive(), lambda number: shared, 120)[12:])[Sequential] >= 100
+
+
+def test_searches_that_take_the_same_for_many_are_not_mistaken_for_cheap_ones() -> None:
+    """Shared by three, a search takes as long as for one: one after the other would wait for each."""
+    adaptive = Adaptive()
+    for _ in range(60):
+        chosen = adaptive.choose(REQUEST)
+        assert not isinstance(chosen, Sequential)
+        taken = World({Continuous: 2.0, Synchronous: 3.0}, a=1.0, b=5.0).statistics(chosen)
+        taken.kb_calls, taken.search_s = 13, 13 * 5.0
+        adaptive.learn(REQUEST, chosen, taken)
 
 
 def test_of_those_that_are_as_fast_it_takes_what_works_least() -> None:
