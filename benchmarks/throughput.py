@@ -7,8 +7,9 @@ Two parts on one engine. Phases: the model alone reads prefixes of equal length,
 time. Closed loop: RaLMSeq, RaLMSpec with all of the paper's techniques (+PSA), `continuous` and `adaptive`, with as
 many clients as sessions; the same clients in the same order for all of them, which take turns at going first. With
 --rounds each is served so often, in turn, and ratios get a 95 % bootstrap interval over rounds: one round of half a
-minute is off by some hundredths. Every output is compared with RaLMSeq's own. What overload does is measured by
-overload.py.
+minute is off by some hundredths. Every output is compared with RaLMSeq's own. Tokens a second move with whatever else
+the machine does; tokens that the model reads, and processor time, for each that is committed move little, and tell
+whether speculation made work. What overload does is measured by overload.py.
 
 Needs ralmspec[demo], or --simulate, and ralmspec[bench] for the plot of --out.
 """
@@ -70,6 +71,10 @@ class Level:
     tok_s: float
     forward_tok_s: float
     """Committed tokens for each second inside `model.forward`."""
+    read_tokens: float
+    """Tokens that went through the model for each that was committed; nan where the model does not tell."""
+    cpu_ms: float
+    """Processor time of the whole process for each committed token."""
     kv_bytes: int
     """The most KV memory there was, for each live session."""
     made: StressReport
@@ -132,13 +137,14 @@ def serve(
     number: int,
 ) -> Level:
     """One arrangement in a closed loop for so long."""
-    looks: list[tuple[float, int, float]] = []
+    looks: list[tuple[float, int, float, float, float]] = []
     kv_bytes = 0
 
     def tick(stress: Stress) -> None:
         nonlocal kv_bytes
         if seconds / 4 <= (now := time.perf_counter() - stress.began) <= seconds:
-            looks.append((now, stress.tally.tokens, stress.model.forward_s))
+            read = getattr(engine.model, "prefilled_tokens", math.nan)
+            looks.append((now, stress.tally.tokens, stress.model.forward_s, read, time.process_time()))
         kv_bytes = max(kv_bytes, held(engine) // max(1, stress.pipeline.live_sessions))
 
     plan = Plan(
@@ -149,21 +155,23 @@ def serve(
     )
     stress = Stress(engine, plan, oracle, replace(engine.limits, sessions=sessions), tick=tick)
     anyio.run(stress.run, backend_options={"use_uvloop": True})
-    took, tokens, forward_s = np.subtract(looks[-1], looks[0]) if len(looks) > 1 else (math.nan, 0, math.nan)
+    took, tokens, forward_s, read, cpu_s = np.subtract(looks[-1], looks[0]) if len(looks) > 1 else [math.nan] * 5
     return Level(
         arrangement=name,
         sessions=sessions,
         round=number,
         tok_s=float(tokens / took),
         forward_tok_s=float(tokens / forward_s),
+        read_tokens=float(read / tokens),
+        cpu_ms=float(cpu_s / tokens * 1e3),
         kv_bytes=kv_bytes,
         made=report(stress),
     )
 
 
-def over(mine: Sequence[Level], baseline: Sequence[Level]) -> str:
-    """Tokens a second over the baseline's, all rounds together, and the 95 % bootstrap interval over rounds."""
-    rates = np.array([[level.tok_s for level in mine], [level.tok_s for level in baseline]])
+def over(mine: Sequence[Level], baseline: Sequence[Level], what: str = "tok_s") -> str:
+    """`what` over the baseline's, all rounds together, and the 95 % bootstrap interval over rounds."""
+    rates = np.array([[getattr(level, what) for level in levels] for levels in (mine, baseline)])
     told = f"{rates[0].sum() / rates[1].sum():.2f}"
     if (rounds := rates.shape[1]) < 3:
         return told
@@ -182,6 +190,7 @@ def markdown(phases: list[Phase], levels: list[Level]) -> list[str]:
         for phase in phases
     ]
     heads = ["sessions", "arrangement", "tok/s", "over RaLMSeq", "tok/s inside forward", "sessions a pass"]
+    heads += ["tokens read a token", "CPU ms a token", "over RaLMSeq"]
     heads += ["p50 s", "p99 s", "first token p50 s", "KV MB a session", "identical"]
     lines += ["", "Closed loop:", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     rows: dict[tuple[int, str], list[Level]] = {}
@@ -189,7 +198,11 @@ def markdown(phases: list[Phase], levels: list[Level]) -> list[str]:
         rows.setdefault((level.sessions, level.arrangement), []).append(level)
     for (sessions, name), rounds in rows.items():
         reports = [level.made for level in rounds]
-        rate, inside = (np.mean([getattr(level, key) for level in rounds]) for key in ("tok_s", "forward_tok_s"))
+        rate, inside, read, cpu_ms = (
+            np.mean([getattr(level, key) for level in rounds])
+            for key in ("tok_s", "forward_tok_s", "read_tokens", "cpu_ms")
+        )
+        baseline = rows[sessions, "RaLMSeq"]
         times = (
             np.mean([report.p50_e2e_s or 0 for report in reports]),
             max(report.p99_e2e_s or 0 for report in reports),
@@ -197,8 +210,9 @@ def markdown(phases: list[Phase], levels: list[Level]) -> list[str]:
         )
         near = sum(report.explained for report in reports)
         lines.append(
-            f"| {sessions} | {name} | {rate:,.1f} | {over(rounds, rows[sessions, 'RaLMSeq'])} | {inside:,.1f} | "
+            f"| {sessions} | {name} | {rate:,.1f} | {over(rounds, baseline)} | {inside:,.1f} | "
             f"{np.mean([report.mean_batch or 0 for report in reports]):.1f} | "
+            f"{read:.1f} | {cpu_ms:.2f} | {over(rounds, baseline, 'cpu_ms')} | "
             f"{' | '.join(f'{time:.2f}' for time in times)} | {max(level.kv_bytes for level in rounds) / 1e6:.2f} | "
             f"{sum(report.matched for report in reports)}/{sum(report.checked for report in reports)}"
             f"{f' +{near} near-ties' if near else ''} |"

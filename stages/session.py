@@ -27,12 +27,12 @@ from .arrangement import Arrangement, Outlook
 from .checks import Checks
 from .load import Load
 from .messages import Check, Committed, Decoded, Done, Drafted, Event, Pass, Place, RolledBack, Turn, Verdict
-from .model import Frontier
 from .request import Request, Status
 from .statistics import Statistics
 from .step import Move, Step
 from .text import TextStream
 from .trace import Trace
+from .transcript import Transcript
 from .workload import BoundWorkload
 
 NOTHING: Ids = np.empty(0, dtype=np.int64)
@@ -64,18 +64,13 @@ class Session:
         self.epoch = 0
         self.status = Status.LIVE
         self.error: BaseException | None = None
-        self.context = list(request.prompt)  # prompt, committed and drafted tokens
-        self.frontier: Frontier | None = None  # at the end of the context, where queries need it
-        self.committed: list[int] = []
-        self.steps: deque[Step] = deque()
+        self.transcript = Transcript(request.prompt, workload.retrieval_stride)
         self.checks = Checks(arrangement.window)
         self.wanted: deque[Ids] = deque(maxlen=arrangement.window)
         self.out: set[Place] = set()  # Verify's turns are counted in `checks.flying`
         self.unread = 0  # events on their way to the caller, or waiting for it
         self.statistics = Statistics(prompt_tokens=len(request.prompt), prompt_tokens_cut=request.prompt_tokens_cut)
         self.trace = Trace(id) if request.trace else None
-        self._steps_begun = 0
-        self._ended = False  # nothing is left to decode, if every draft stands
         self._decoded_s: list[float] = []  # what each step took that was completed since the last verification
         self._stood: list[bool] = []  # since then, of each guess that was judged, whether its tokens stand
         self._verification_s = 0.0
@@ -107,13 +102,13 @@ class Session:
         """What the session's turn should do now; None while only a verdict or the reader can bring it on."""
         if self.final or self.blocked_by_reader:
             return None
-        if self._doubted:
+        transcript = self.transcript
+        if transcript.doubted:
             return Move.DECODE
-        if not self.steps or self.steps[-1].complete:
-            if self._ended or self._window_full:
+        if (newest := transcript.open_step) is None:
+            if transcript.ended or self._window_full:
                 return None
-            return Move.DECODE if self.workload.asks_with_frontier and self.frontier is None else Move.LOOK
-        newest = self.steps[-1]
+            return Move.DECODE if self.workload.asks_with_frontier and transcript.frontier is None else Move.LOOK
         if newest.retrieved is None:
             return None
         if newest.certain or (self._may_guess and self.arrangement.may_draft(self._outlook())):
@@ -122,17 +117,13 @@ class Session:
 
     @property
     def _may_guess(self) -> bool:
-        return not self.load.crowded and not self.steps[-1].barred
-
-    @property
-    def _doubted(self) -> Step | None:
-        """The step in doubt. It is the oldest: those before it have been committed, and later verdicts wait for it."""
-        return self.steps[0] if self.steps and self.steps[0].doubted else None
+        return not self.load.crowded and not self.transcript.steps[-1].barred
 
     @property
     def drafts(self) -> bool:
         """Whether its next token would be written under a guess."""
-        return bool(self.steps) and not self._doubted and not self.steps[-1].certain
+        transcript = self.transcript
+        return bool(transcript.steps) and not transcript.doubted and not transcript.steps[-1].certain
 
     @property
     def checks_due(self) -> bool:
@@ -144,15 +135,15 @@ class Session:
 
     @property
     def _window_full(self) -> bool:
-        return len(self.steps) >= self.arrangement.window
+        return len(self.transcript.steps) >= self.arrangement.window
 
     def _outlook(self) -> Outlook:
-        newest = self.steps[-1]
+        newest = self.transcript.steps[-1]
         return Outlook(
             queued=len(self.checks.queued),
             flying=self.checks.credits_out,
             newest_flying=self.checks.flies(newest.index, self.epoch),
-            stuck=self._ended
+            stuck=self.transcript.ended
             or newest.retrieved is None
             or (newest.complete and self._window_full)
             or (not newest.certain and not newest.complete and not self._may_guess),
@@ -194,16 +185,17 @@ class Session:
     def __repr__(self) -> str:
         out = ", ".join(sorted(place.value for place in self.out)) or "nothing"
         queued, flying = len(self.checks.queued), self.checks.credits_out
+        committed, steps = len(self.transcript.committed), len(self.transcript.steps)
         return (
-            f"<session {self.id} {self.status.value}: epoch {self.epoch}, {len(self.committed)} tokens committed, "
-            f"{len(self.steps)} steps open, {queued} checks queued, {flying} flying, {out} out>"
+            f"<session {self.id} {self.status.value}: epoch {self.epoch}, {committed} tokens committed, "
+            f"{steps} steps open, {queued} checks queued, {flying} flying, {out} out>"
         )
 
     # Lookup --------------------------------------------------------------------------------------------------------
 
     def question(self) -> Query:
         """The query of the next step; may raise what the workload raises."""
-        return self.workload.query(self.context, self.frontier)
+        return self.workload.query(self.transcript.context, self.transcript.frontier)
 
     def looked(
         self, epoch: int, query: Query, guess: Ranking | None, seconds: float, *, from_drafter: bool = False
@@ -213,31 +205,28 @@ class Session:
         self.statistics.busy_s += seconds
         if self.is_stale(epoch):
             return
-        index, start = self._steps_begun, len(self.context) - len(self.request.prompt)
-        self.steps.append(
-            Step(
-                index=index,
-                start=start,
-                retrieved=guess,
-                from_drafter=from_drafter,
-                frontier=self.frontier,
-                busy_s=seconds,
-            )
+        step = Step(
+            index=self.transcript.begun,
+            start=self.transcript.position,
+            retrieved=guess,
+            from_drafter=from_drafter,
+            frontier=self.transcript.frontier,
+            busy_s=seconds,
         )
+        self.transcript.begin(step)
         check = Check(
             session=self.id,
             epoch=self.epoch,
-            step=index,
+            step=step.index,
             query=query,
             documents=max(self.arrangement.prefetch, self.workload.top_k),
             guess=guess,
-            position=start,
-            frontier=self.frontier,
+            position=step.start,
+            frontier=step.frontier,
             request=self.request,
             cache=self.cache,
         )
         self.checks.queued.append(check)
-        self._steps_begun += 1
 
     # Generate ------------------------------------------------------------------------------------------------------
 
@@ -245,19 +234,19 @@ class Session:
         """The next forward pass, or None where the turn's reason has gone meanwhile."""
         if self.move is not Move.DECODE:
             return None
-        step = self.steps[-1] if self.steps and not self.steps[-1].complete else None
-        context, proposed = self.context, None
-        if doubted := self._doubted:
-            step, context = doubted, self.context[: len(self.request.prompt) + doubted.start]
+        transcript = self.transcript
+        step, context, proposed = transcript.open_step, transcript.context, None
+        if doubted := transcript.doubted:
+            step, context = doubted, transcript.before(doubted)
             proposed = tuple(doubted.tokens[:-1] if doubted.complete else doubted.tokens)  # one more is said than that
         return Pass(
             session=self.id,
             epoch=self.epoch,
-            step=step.index if step else self._steps_begun,
+            step=step.index if step else transcript.begun,
             position=len(context) - len(self.request.prompt),
             context=tuple(context),
             retrieved=step.retrieved if step else None,
-            frontier=self.frontier,
+            frontier=transcript.frontier,
             request=self.request,
             proposed=proposed,
         )
@@ -268,28 +257,24 @@ class Session:
         if self.is_stale(made.epoch):
             self.statistics.wasted_tokens += len(brought.tokens)
             return
-        self.frontier = brought.frontier
+        self.transcript.frontier = brought.frontier
         if not brought.tokens or made.retrieved is None:
             return
         if made.proposed is not None:
             self._resolve(brought.tokens, seconds)
         else:
-            self._write(self.steps[-1], brought.tokens[0], made.retrieved, seconds)
+            self._write(self.transcript.steps[-1], brought.tokens[0], made.retrieved, seconds)
         self._commit()
         self._learn()
 
     def _write(self, step: Step, token: int, retrieved: Ranking, seconds: float) -> None:
         """The newest step gets its next token."""
-        ends = self.request.ends(token, step.start + len(step.tokens))
-        step.tokens.append(token)
+        self.transcript.write(step, token, ends=self.request.ends(token, self.transcript.position))
         step.busy_s += seconds
-        self.context.append(token)
-        step.complete = ends or len(step.tokens) == self.workload.retrieval_stride
-        self._ended = ends  # provisional while the step is a draft
         if step.complete:
             self._decoded_s.append(step.busy_s)
         if self.request.drafts and not step.settled:
-            text = self._text.newest(self.context[len(self.request.prompt) :])
+            text = self._text.newest(self.transcript.generated)
             document = self.workload.source(retrieved)
             self._emit(Drafted(session=self.id, text=text, token=token, step=step.index, document=document))
 
@@ -299,7 +284,8 @@ class Session:
         If that is what was written, all that was drafted after it stands too, and verdicts that wait for it apply. If
         not, the step goes back to the first token that differs, and gets the true one.
         """
-        step, truth = self.steps[0], self.steps[0].retrieved
+        step = self.transcript.steps[0]
+        truth = step.retrieved
         assert step.doubted and truth is not None
         step.doubted = False
         same = next((n for n, (was, true) in enumerate(zip(step.tokens, said, strict=False)) if was != true), None)
@@ -315,7 +301,7 @@ class Session:
 
     def give_up_draft(self, made: Pass) -> bool:
         """A pass has failed: whether it wrote under a guess, so that the session can go on after the verdict."""
-        newest = self.steps[-1] if self.steps else None
+        newest = self.transcript.steps[-1] if self.transcript.steps else None
         if made.proposed is not None or newest is None or newest.settled:
             return False
         newest.barred = True
@@ -359,7 +345,7 @@ class Session:
         applied = []
         while verdict := self._next_verdict():
             applied.append(verdict)
-            step = self.steps[verdict.step - self.steps[0].index]
+            step = self.transcript.step(verdict.step)
             truth = verdict.truth.top(self.workload.top_k)
             guessed, step.certain = step.retrieved is not None, True
             self.statistics.checked += guessed
@@ -376,7 +362,7 @@ class Session:
     def _next_verdict(self) -> Verdict | None:
         """The verdict of the oldest step that is not settled, if it is here. One in doubt has had its own, so those of
         later steps wait."""
-        step = next((step for step in self.steps if not step.settled), None)
+        step = self.transcript.unsettled
         return self.checks.early.pop(step.index, None) if step else None
 
     def _can_be_doubted(self, step: Step) -> bool:
@@ -386,7 +372,7 @@ class Session:
 
     def _learn(self) -> None:
         """Let the stride scheduler see what has been judged, once no doubt is left about any of it."""
-        if self._doubted or not self._stood:
+        if self.transcript.doubted or not self._stood:
             return
         mean = sum(self._decoded_s) / len(self._decoded_s) if self._decoded_s else None
         matched, checked = sum(self._stood), len(self._stood)
@@ -397,16 +383,8 @@ class Session:
     def _roll_back(self, step: Step, truth: Ranking, *, keep: int = 0) -> None:
         """Back to the first `keep` tokens of `step`: a write, and never a wait (R3). What is under way is stale now."""
         self.epoch += 1
-        start = len(self.request.prompt) + step.start + keep
-        dropped = len(self.context) - start
-        del self.context[start:]
-        self.frontier = step.frontier
-        while self.steps[-1] is not step:
-            self.steps.pop()
+        dropped = self.transcript.cut(step, keep)
         self.checks.drop()
-        self._steps_begun = step.index + 1
-        self._ended = step.complete = False
-        del step.tokens[keep:]
         step.busy_s = 0.0
         self.statistics.rollbacks += 1
         self.statistics.wasted_tokens += dropped
@@ -433,11 +411,11 @@ class Session:
         assert status is not Status.FAILED or error is not None, "a failure must say why"
         self.status, self.error = status, error
         self.epoch += 1
-        self.frontier = None
+        self.transcript.frontier = None
+        self.transcript.steps.clear()
         self.checks.drop()
         self.wanted.clear()
-        self.steps.clear()
-        self.statistics.new_tokens = len(self.committed)
+        self.statistics.new_tokens = len(self.transcript.committed)
         self.statistics.latency_s = self._now() - self.admitted
         self.statistics.reader_s += self._now() - self._full_since if self.blocked_by_reader else 0.0
         self.out.add(Place.OUTPUT)
@@ -449,10 +427,8 @@ class Session:
 
     def _commit(self) -> None:
         """Move the commit horizon over every step that is certain and complete."""
-        while self.steps and self.steps[0].settled and self.steps[0].complete:
-            step = self.steps.popleft()
+        while step := self.transcript.commit():
             assert step.retrieved is not None
-            self.committed += step.tokens
             self.statistics.steps += 1
             self.statistics.documents_cut += self.workload.tokens_cut(step.retrieved) > 0
             if self.statistics.time_to_first_token_s is None:
@@ -460,17 +436,17 @@ class Session:
             self._emit(
                 Committed(
                     session=self.id,
-                    text=self._text.advance(self.committed, last=self._ended and not self.steps),
+                    text=self._text.advance(self.transcript.committed, last=self.transcript.finished),
                     tokens=tuple(step.tokens),
                     step=step.index,
                     document=self.workload.source(step.retrieved),
                 )
             )
-        if self._ended and not self.steps:
+        if self.transcript.finished:
             self.finish(Status.DONE)
 
     def span(self, stage: str, start: float, *, epoch: int, step: int | None = None, note: str = "") -> None:
         """Note a stretch of a stage's work in the timeline, if one is kept."""
         if self.trace is not None:
-            newest = self._steps_begun - 1
+            newest = self.transcript.begun - 1
             self.trace.span(stage, start, self._now(), step=newest if step is None else step, epoch=epoch, note=note)

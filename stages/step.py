@@ -18,7 +18,7 @@ class Move(Enum):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Step:
-    """Uncommitted as long as it stands in `Session.steps`.
+    """Uncommitted as long as it stands in `Transcript.steps`.
 
     `start` counts generated tokens before it. `retrieved` is a guess until the step is `certain`, `from_drafter` or
     from the cache, and None while nothing is known at all. `frontier` is that at its start, where queries need one.

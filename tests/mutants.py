@@ -114,7 +114,7 @@ def writes_from_a_thread(work: Any, self: Generate, batch: Any) -> Any:
 
 def lends_its_list(next_pass: Any, self: Session) -> Any:
     made = next_pass(self)
-    return made and replace(made, context=self.context)
+    return made and replace(made, context=self.transcript.context)
 
 
 # R3, R4 ----------------------------------------------------------------------------------------------------------
@@ -127,9 +127,9 @@ def keeps_the_epoch(roll_back: Any, self: Session, step: Any, truth: Any) -> Non
 
 
 def keeps_later_drafts(roll_back: Any, self: Session, step: Any, truth: Any) -> None:
-    later = [other for other in self.steps if other.index > step.index]
+    later = [other for other in self.transcript.steps if other.index > step.index]
     roll_back(self, step, truth)
-    self.steps.extend(later)
+    self.transcript.steps.extend(later)
 
 
 def keeps_queued_checks(roll_back: Any, self: Session, step: Any, truth: Any) -> None:
@@ -139,16 +139,16 @@ def keeps_queued_checks(roll_back: Any, self: Session, step: Any, truth: Any) ->
 
 
 def keeps_the_text(roll_back: Any, self: Session, step: Any, truth: Any) -> None:
-    context = list(self.context)
+    context = list(self.transcript.context)
     roll_back(self, step, truth)
-    self.context[:] = context
+    self.transcript.context[:] = context
 
 
 def redoes_under_the_guess(judge: Any, self: Session, *arguments: Any, **named: Any) -> None:
-    epoch, guesses = self.epoch, {step.index: step.retrieved for step in self.steps}
+    epoch, guesses = self.epoch, {step.index: step.retrieved for step in self.transcript.steps}
     judge(self, *arguments, **named)
-    if self.epoch > epoch and self.steps:
-        self.steps[-1].retrieved = guesses[self.steps[-1].index]
+    if self.epoch > epoch and self.transcript.steps:
+        self.transcript.steps[-1].retrieved = guesses[self.transcript.steps[-1].index]
 
 
 def wakes_nobody(stage: type[Any]) -> Callable[[Patch], None]:
@@ -333,7 +333,7 @@ def counts_the_readers_time(stalls_at: Any, self: Watchdog, session: Session) ->
 
 
 def commits_unverified(commit: Any, self: Session) -> None:
-    for step in self.steps:
+    for step in self.transcript.steps:
         step.certain |= step.complete
     commit(self)
 
@@ -345,7 +345,7 @@ def is_never_stuck(outlook: Any, self: Session) -> Any:
 
 def ends_with_a_draft(decoded: Any, self: Session, *arguments: Any) -> None:
     decoded(self, *arguments)
-    if self._ended:
+    if self.transcript.ended:
         self.finish(Status.DONE)
 
 

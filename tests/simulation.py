@@ -240,5 +240,7 @@ def settled(book: Book, clients: list[Client], world: World) -> None:
     assert all(len(client.ends) == 1 for client in clients), "a client was lost"
     for session, ends in book.ends.items():
         assert ends == 1, f"ended {ends} times: {session}"
-        assert session.home and not session.steps and not session.checks.queued, f"not all is home: {session}"
+        assert session.home and not session.transcript.steps and not session.checks.queued, (
+            f"not all is home: {session}"
+        )
     assert sorted(world.model.forgotten) == sorted(session.id for session in book.ends), "forgotten once each"

@@ -150,7 +150,7 @@ async def test_f8_a_late_token_reaches_nobody(model: Gated) -> None:
         session = state(stream)
         model.gate.set()
         await until(lambda: not pipeline.live_sessions)
-        assert session.statistics.wasted_tokens == 1 and not session.committed
+        assert session.statistics.wasted_tokens == 1 and not session.transcript.committed
         await exact(pipeline)
 
 

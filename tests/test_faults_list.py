@@ -171,11 +171,11 @@ def test_f8_late_results_are_dropped_and_counted() -> None:
     decoded = Session.decoded
 
     def watched(session: Session, made: Pass, brought: Decoded, seconds: float) -> None:
-        before = len(session.committed), len(session.context)
+        before = len(session.transcript.committed), len(session.transcript.context)
         decoded(session, made, brought, seconds)
         if session.is_stale(made.epoch):
             late.append(session.id)
-            assert before == (len(session.committed), len(session.context))
+            assert before == (len(session.transcript.committed), len(session.transcript.context))
 
     async def scenario() -> None:
         workers = Workers(model=0.1, index=0.05)

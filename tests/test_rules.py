@@ -30,6 +30,7 @@ from ralmspec.stages.errors import InvariantBroken
 from ralmspec.stages.messages import Pass, Place, Turn
 from ralmspec.stages.session import Session
 from ralmspec.stages.switch import Switch
+from ralmspec.stages.transcript import Transcript
 
 # R1 Admission ----------------------------------------------------------------------------------------------------
 
@@ -96,7 +97,9 @@ class Guarded(VirtualWorker):
 
     async def call(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         for session in list(self.sessions):
-            own = {id(value) for value in vars(session).values() if isinstance(value, (list, deque, dict, set))}
+            transcript = [getattr(session.transcript, name) for name in Transcript.__slots__]
+            state = [*vars(session).values(), *transcript]
+            own = {id(value) for value in state if isinstance(value, (list, deque, dict, set))}
             shared = [value for value in parts(arguments) if id(value) in own]
             assert not shared, f"a thread got state of {session}"
 
@@ -125,7 +128,7 @@ def test_r2_only_sections_on_the_loop_change_a_session() -> None:
     assert len(sections) > 15
     assert not [f.__qualname__ for f in sections if inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f)]
 
-    def guarded_set(self: Session, name: str, value: Any) -> None:
+    def guarded_set(self: Session | Transcript, name: str, value: Any) -> None:
         assert not Guarded.working, f"a thread wrote {name}"
         object.__setattr__(self, name, value)
 
@@ -137,6 +140,7 @@ def test_r2_only_sections_on_the_loop_change_a_session() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Session, "__setattr__", guarded_set)
+        patch.setattr(Transcript, "__setattr__", guarded_set)
         run(scenario)
 
 
@@ -156,11 +160,11 @@ def test_r3_a_rollback_is_a_write_and_a_wake() -> None:
             return
         seen += 1
         assert session.epoch == epoch + 1
-        (redone,) = session.steps
+        (redone,) = session.transcript.steps
         assert redone.certain and not redone.tokens and not session.checks.queued
         (true,) = [verdict.truth for verdict in verdicts if verdict.step == redone.index]
         assert redone.retrieved is not None and redone.retrieved.ids[0] == true.ids[0]
-        assert session.context[len(session.request.prompt) :] == session.committed
+        assert session.transcript.context[len(session.request.prompt) :] == session.transcript.committed
 
     async def scenario(speculation: Arrangement) -> None:
         async with opened(retriever=AlwaysMisses(), speculation=speculation) as pipeline:

@@ -87,7 +87,7 @@ def test_a_rollback_in_the_middle_keeps_what_is_before_it() -> None:
     hand.judge(hand.launch(), 5, 9, 7)  # the third step's document was 9; the fourth one's verdict is stale by then
     session = hand.session
     assert hand.committed() == [(1, 2), (3, 4)]
-    assert session.context == [*PROMPT, 1, 2, 3, 4] and session.epoch == 1
+    assert session.transcript.context == [*PROMPT, 1, 2, 3, 4] and session.epoch == 1
     (retraction,) = [event for event in hand.events if isinstance(event, RolledBack)]
     assert (retraction.step, retraction.tokens, retraction.document.id) == (2, 2, 9)
     made = session.next_pass()
@@ -110,7 +110,7 @@ def test_a_stale_token_is_dropped() -> None:
     assert running is not None
     hand.judge(checks, 9)
     hand.session.decoded(running, Decoded((4,), None), seconds=0.0)
-    assert hand.session.context == [*PROMPT, 1, 2]
+    assert hand.session.transcript.context == [*PROMPT, 1, 2]
     assert hand.session.statistics.wasted_tokens == 2
     assert not [event for event in hand.events if isinstance(event, Drafted) and event.token == 4]
     hand.decode(7, 8)
@@ -125,7 +125,7 @@ def test_a_stale_look_up_is_dropped() -> None:
     query, epoch = hand.ask(), hand.session.epoch
     hand.judge(checks, 9)
     hand.session.looked(epoch, query, hand.guess(query), seconds=0.0)
-    assert len(hand.session.steps) == 1 and not hand.session.checks.queued
+    assert len(hand.session.transcript.steps) == 1 and not hand.session.checks.queued
     assert hand.session.move is Move.DECODE
 
 
@@ -141,7 +141,7 @@ def test_verdicts_after_a_rollback_in_their_batch_judge_no_later_step() -> None:
     hand.look()
     hand.decode(2, 2)
     hand.judge(checks, 5)
-    assert [(step.index, step.certain) for step in hand.session.steps] == [(3, False)]
+    assert [(step.index, step.certain) for step in hand.session.transcript.steps] == [(3, False)]
 
 
 def test_verdicts_are_applied_in_step_order_whatever_order_they_come_in() -> None:
@@ -312,7 +312,7 @@ def test_characters_are_never_split(text: str, stride: int) -> None:
     while not hand.session.final:
         hand.begin()
         while hand.session.move is Move.DECODE:
-            hand.decode(tokens[len(hand.session.context) - len(PROMPT)])
+            hand.decode(tokens[len(hand.session.transcript.context) - len(PROMPT)])
     pieces = [event.text for event in hand.events if isinstance(event, Committed)]
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
@@ -332,7 +332,7 @@ def test_drafted_characters_are_never_split(text: str, stride: int) -> None:
     checks: Sequence[Check] = ()
     while not hand.session.final:
         if hand.session.move is Move.DECODE:
-            hand.decode(tokens[len(hand.session.context) - len(PROMPT)])
+            hand.decode(tokens[len(hand.session.transcript.context) - len(PROMPT)])
         elif checks:
             hand.judge(checks, *[5] * len(checks))
             checks = ()
@@ -422,14 +422,14 @@ def test_whatever_comes_home_when_the_output_is_the_oracles(data: st.DataObject)
                 hand.judge(checks, *(int(ranking.ids[0]) for ranking in rankings))
             case "read":
                 session.heard()
-        assert len(session.steps) <= session.arrangement.window
+        assert len(session.transcript.steps) <= session.arrangement.window
         assert session.checks.credits_out <= session.arrangement.window
         assert len(session.checks.flying) <= session.arrangement.flights
     tokens, documents = sequential(
         hand.model, hand.retriever, PROMPT,
         max_new_tokens=session.request.max_new_tokens, retrieval_stride=session.workload.retrieval_stride,
     )  # fmt: skip
-    assert [token for step in hand.committed() for token in step] == tokens == session.committed
+    assert [token for step in hand.committed() for token in step] == tokens == session.transcript.committed
     assert [event.document.id for event in hand.events if isinstance(event, Committed)] == documents
     assert session.status is Status.DONE and isinstance(hand.events[-1], Done)
 

@@ -82,10 +82,10 @@ def test_if_all_of_it_stands_so_does_what_was_drafted_after_it() -> None:
 def test_what_differs_is_corrected_and_what_came_before_it_kept() -> None:
     hand = doubtful(drafts=True)
     say(hand, 3, 8)
-    assert hand.committed() == [(1, 2), (3, 8)] and hand.session.context == [*PROMPT, 1, 2, 3, 8]
+    assert hand.committed() == [(1, 2), (3, 8)] and hand.session.transcript.context == [*PROMPT, 1, 2, 3, 8]
     statistics = hand.session.statistics
     assert (statistics.rollbacks, statistics.saved, statistics.wasted_tokens) == (1, 0, 3)
-    assert hand.session.epoch == 1 and not hand.session.steps and hand.session.move is Move.LOOK
+    assert hand.session.epoch == 1 and not hand.session.transcript.steps and hand.session.move is Move.LOOK
     (retraction,) = [event for event in hand.events if isinstance(event, RolledBack)]
     assert (retraction.step, retraction.tokens, retraction.document.id) == (1, 4, 9), "all drafts from the step on"
 
@@ -93,7 +93,7 @@ def test_what_differs_is_corrected_and_what_came_before_it_kept() -> None:
 def test_what_comes_after_the_first_difference_is_not_believed() -> None:
     hand = doubtful()
     say(hand, 8, 4)
-    assert hand.committed() == [(1, 2)] and hand.session.context == [*PROMPT, 1, 2, 8]
+    assert hand.committed() == [(1, 2)] and hand.session.transcript.context == [*PROMPT, 1, 2, 8]
     hand.decode(4)
     assert hand.committed() == [(1, 2), (8, 4)]
 
@@ -103,7 +103,7 @@ def test_later_verdicts_wait_for_the_doubt() -> None:
     hand.decode(5, 6)
     hand.judge(first, 9)
     hand.judge(second, 8)
-    assert len(hand.session.steps) == 2 and hand.session.epoch == 0
+    assert len(hand.session.transcript.steps) == 2 and hand.session.epoch == 0
     say(hand, 3, 4)
     assert hand.committed() == [(1, 2), (3, 4)]
     assert proposal(hand).step == 2, "the next one is in doubt now"
@@ -140,7 +140,7 @@ def test_a_step_without_tokens_is_in_no_doubt() -> None:
     hand = Hand(CHECKS)
     hand.play((1, 2), (3, 4), (5, 6), guesses=(5, 6, 7))
     hand.judge(hand.launch(), 5, 6, 9)
-    assert hand.session.steps[-1].settled
+    assert hand.session.transcript.steps[-1].settled
     hand.decode(7, 8)
     assert hand.committed()[-1] == (7, 8)
 
@@ -150,7 +150,7 @@ def test_without_the_check_other_documents_are_a_rollback(speculation: Arrangeme
     hand = Hand(speculation)
     hand.play((1, 2), (3, 4), guesses=(5, 6))
     hand.judge(hand.launch(), 9, 6)
-    assert hand.session.context == [*PROMPT, 1, 2] and hand.session.epoch == 1
+    assert hand.session.transcript.context == [*PROMPT, 1, 2] and hand.session.epoch == 1
 
 
 def test_a_fault_under_the_guess_is_none_once_the_step_is_in_doubt() -> None:
@@ -196,7 +196,7 @@ def test_verdicts_of_another_path_do_not_end_a_doubt() -> None:
     say(hand, 3, 8)
     hand.look()
     hand.judge(second, 6)
-    assert [step.certain for step in hand.session.steps] == [False], "stale: nothing is known of step 2"
+    assert [step.certain for step in hand.session.transcript.steps] == [False], "stale: nothing is known of step 2"
 
 
 def test_drafts_of_a_step_in_doubt_are_shown() -> None:
