@@ -50,6 +50,11 @@ class Transcript:
         """The oldest step that waits for its verdict, or for the model's word on its doubt."""
         return next((step for step in self.steps if not step.settled), None)
 
+    @property
+    def finished(self) -> bool:
+        """Whether the output is complete and all of it committed."""
+        return self.ended and not self.steps
+
     def step(self, index: int) -> Step:
         """The uncommitted step of that index."""
         return self.steps[index - self.steps[0].index]
@@ -90,8 +95,3 @@ class Transcript:
         step = self.steps.popleft()
         self.committed += step.tokens
         return step
-
-    @property
-    def finished(self) -> bool:
-        """Whether the output is complete and all of it committed."""
-        return self.ended and not self.steps
