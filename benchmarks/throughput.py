@@ -5,11 +5,11 @@
 
 Two parts on one engine. Phases: the model alone reads prefixes of equal length, then decodes, so many sessions at a
 time. Closed loop: RaLMSeq, RaLMSpec with all of the paper's techniques (+PSA), `continuous` and `adaptive`, with as
-many clients as sessions; the same clients in the same order for all of them, which take turns at going first. With
---rounds each is served so often, in turn, and ratios get a 95 % bootstrap interval over rounds: one round of half a
-minute is off by some hundredths. Every output is compared with RaLMSeq's own. Tokens a second move with whatever else
-the machine does; tokens that the model reads, and processor time, for each that is committed move little, and tell
-whether speculation made work. What overload does is measured by overload.py.
+many clients as sessions, and the same clients in the same order for all of them. With --rounds each is served so
+often, in a new order every round, and ratios get a 95 % bootstrap interval over rounds. Many short rounds are better
+than a few long ones: a shared machine gets faster and slower by a tenth within a minute or two. Every output is
+compared with RaLMSeq's own. Tokens that the model reads for each that is committed do not depend on the machine, and
+tell whether speculation made it work. What overload does is measured by overload.py.
 
 Needs ralmspec[demo], or --simulate, and ralmspec[bench] for the plot of --out.
 """
@@ -284,7 +284,7 @@ def main(
     for number, count in enumerate(counts):
         served = {name: make() for name, make in ARRANGEMENTS.items()}
         for turn in range(rounds):
-            turns = [*served][:: 1 if (number + turn) % 2 == 0 else -1]
+            turns = np.random.default_rng([number, turn]).permutation([*served]).tolist()
             made = {name: serve(engine, name, served[name], count, seconds, traffic, oracle, turn) for name in turns}
             levels += [made[name] for name in served]
             for name in served:
