@@ -72,6 +72,9 @@ class Adaptive:
     one serves. Sessions of other lengths are another matter, since a short one waits for the first search and the last
     verification as long as a long one does: what is learned holds for requests of about as many `max_new_tokens`.
 
+    Where sessions wait for their searches no more than a twentieth of the time that their work takes, as when many of
+    them keep the model busy, there is nothing to win and nothing is tried: the last choice serves.
+
     Without `choices`: `Continuous`, `Synchronous` with OS3 whose γ is not cut at 0.6, and `Sequential`, for searches so
     cheap that guessing costs more than it saves. `prefetch` is that of the first two.
 
@@ -116,6 +119,7 @@ class _Ledger:
         self._count = 0
         self._step_s = self._search_s = 0.0
         self._shortest_s = 0.0  # a search, at least
+        self._waited_s = 0.0  # for searches, a step: what hiding them could save
 
     def choose(self) -> Arrangement:
         self._count += 1
@@ -131,11 +135,17 @@ class _Ledger:
         self._step_s = statistics.busy_s / statistics.steps
         self._search_s = statistics.search_s / statistics.kb_calls
         self._shortest_s = statistics.shortest_search_s
+        # In a session without guesses, all that is neither work nor its reader's is waiting for a search.
+        idle_s = statistics.latency_s - statistics.reader_s - statistics.busy_s
+        self._waited_s = max(self._search_s, idle_s / statistics.steps)
 
     def _choose(self) -> Arrangement:
         known = [choice for choice, seconds in self._seconds.items() if seconds]
+        least = [*self._seconds][-1]  # work
         if not known:
-            return next((choice for choice in self._seconds if choice not in self._hopeless), [*self._seconds][-1])
+            return next((choice for choice in self._seconds if choice not in self._hopeless), least)
+        if self._waited_s <= (_TIE - 1) * self._step_s and least not in self._hopeless:
+            return least
         fastest = min(map(self._median, known))
         best = next(choice for choice in reversed(known) if self._median(choice) <= _TIE * fastest)
         for choice, seconds in self._seconds.items():

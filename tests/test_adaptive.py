@@ -111,8 +111,23 @@ def test_searches_that_take_the_same_for_many_are_not_mistaken_for_cheap_ones() 
 def test_of_those_that_are_as_fast_it_takes_what_works_least() -> None:
     nearly = World({Continuous: 1.0, Synchronous: 1.02, Sequential: 1.04}, a=1.0, b=0.05)
     assert Counter(played(Adaptive(), lambda number: nearly, 120)[12:])[Sequential] >= 100
-    more = World({Continuous: 1.0, Synchronous: 1.02, Sequential: 1.06}, a=1.0, b=0.05)
+    more = World({Continuous: 1.0, Synchronous: 1.02, Sequential: 1.06}, a=1.0, b=0.06)
     assert Counter(played(Adaptive(), lambda number: more, 120)[12:])[Synchronous] >= 100
+
+
+def test_where_there_is_nothing_to_win_nothing_is_tried() -> None:
+    """Sixteen sessions keep the model busy: what one takes depends on the others, and not on how it is served."""
+    random = Random(0)
+
+    def crowded(number: int) -> World:
+        took = random.uniform(0.4, 1.0)  # a step
+        return World(dict.fromkeys((Continuous, Synchronous, Sequential), took), a=0.98 * took, b=0.01 * took)
+
+    adaptive = Adaptive()
+    adaptive.learn(REQUEST, adaptive.choose(REQUEST), FREE.statistics(Sequential()))
+    assert set(played(adaptive, crowded, 120)) == {Sequential}
+    chosen = played(adaptive, lambda number: OWN, 60)
+    assert Counter(chosen)[Continuous] >= 40, "the others have gone, and there is much to win"
 
 
 def test_what_cannot_win_is_never_tried() -> None:
