@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from math import ceil
 from statistics import median
 from typing import Protocol, runtime_checkable
 
@@ -117,6 +118,7 @@ class _Ledger:
         self._chosen: dict[Arrangement, int] = {}  # when last, counted in choices
         self._hopeless: set[Arrangement] = set()  # missed a deadline with nothing at all
         self._count = 0
+        self._steps = 0  # of a session
         self._step_s = self._search_s = 0.0
         self._shortest_s = 0.0  # a search, at least
         self._waited_s = 0.0  # for searches, a step: what hiding them could save
@@ -132,6 +134,7 @@ class _Ledger:
             self._hopeless.add(arrangement)
             return
         self._seconds[arrangement].append((statistics.latency_s - statistics.reader_s) / statistics.steps)
+        self._steps = statistics.steps
         self._step_s = statistics.busy_s / statistics.steps
         self._search_s = statistics.search_s / statistics.kb_calls
         self._shortest_s = statistics.shortest_search_s
@@ -164,11 +167,13 @@ class _Ledger:
         return self._count - self._chosen.get(choice, -choices) >= choices
 
     def _could_win(self, choice: Arrangement, best: Arrangement) -> bool:
-        """Whether its steps might take less than those of the best: the work of a step, and a search, shared by as
-        many steps as may wait for one, as the last session measured them; less a quarter, since each may have slowed
-        the other down. Who searches for one at a time may have it for the time of the shortest search."""
-        search_s = self._search_s / choice.window if choice.window > 1 else self._shortest_s
-        return 0.75 * (self._step_s + search_s) < self._median(best)
+        """Whether a session might take less than in the best: the work of its steps, and the searches it cannot do
+        without, one for the stride it begins with and one for every window, as the last session measured them; less a
+        quarter, since each may have slowed the other down. Who searches for one at a time may have it for the time of
+        the shortest search."""
+        searches = 1 + ceil(max(self._steps - choice.stride().length, 0) / choice.window)
+        search_s = self._search_s if choice.window > 1 else self._shortest_s
+        return 0.75 * (self._step_s + searches / self._steps * search_s) < self._median(best)
 
 
 def beyond(prefetch: int = 256) -> dict[str, Speculation]:
