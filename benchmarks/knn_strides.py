@@ -1,9 +1,10 @@
 """Figure 5 of the paper on a datastore of one's own: speed-up of speculation over sequential KNN-LM, by k and stride.
 
-For each k: RaLMSeq, fixed strides 1, 2, 4, 8, the scheduler OS3, each also with asynchronous verification, and
-continuous speculation, on the same prompts, paired and interleaved (see `ralmspec knn compare`). The interpolation and
-temperature of each k come from `ralmspec knn tune --json`. With a latency the retriever is simulated to have resources
-of its own; that is set as a multiple of a, the time of one token without its search, measured first.
+For each k: RaLMSeq, fixed strides 1, 2, 4, 8, the scheduler OS3, each also with asynchronous verification,
+continuous speculation, and what chooses by itself, on the same prompts, paired and interleaved (see `ralmspec knn
+compare`). The interpolation and temperature of each k come from `ralmspec knn tune --json`. With a latency the
+retriever is simulated to have resources of its own; that is set as a multiple of a, the time of one token without its
+search, measured first.
 """
 
 import gzip
@@ -19,11 +20,11 @@ import typer
 from rich.console import Console
 
 from ralmspec.pipeline import Sampling
-from ralmspec.pipeline.arrangements import by_stride
 from ralmspec.pipeline.compare import Runs, report, run
 from ralmspec.pipeline.engine import Engine, delayed
 from ralmspec.pipeline.held_out import held_out_prompts
 from ralmspec.pipeline.knn_engine import KnnOptions, open_knn_engine
+from ralmspec.pipeline.line_up import by_stride
 from ralmspec.pipeline.overlap import overlap_efficiency
 from ralmspec.pipeline.reports import Comparison
 from ralmspec.pipeline.tables import comparison_table

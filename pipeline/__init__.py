@@ -68,11 +68,11 @@ from ralmspec.stages.stride import FixedStride as FixedStride
 from ralmspec.stages.trace import Span as Span
 from ralmspec.stages.workload import Workload as Workload
 
+from .adaptive import Adaptive as Adaptive
 from .arrangements import Asynchronous as Asynchronous
 from .arrangements import Continuous as Continuous
 from .arrangements import Sequential as Sequential
 from .arrangements import Synchronous as Synchronous
-from .arrangements import published as published
 from .errors import Cancelled as Cancelled
 from .errors import DeadlineExceeded as DeadlineExceeded
 from .errors import EngineDead as EngineDead
@@ -80,10 +80,10 @@ from .errors import NotServing as NotServing
 from .errors import Overloaded as Overloaded
 from .errors import Stalled as Stalled
 from .limits import Limits as Limits
+from .line_up import beyond as beyond
+from .line_up import published as published
 from .pipeline import Pipeline as Pipeline
-from .speculation import Adaptive as Adaptive
 from .speculation import Chooser as Chooser
 from .speculation import Speculation as Speculation
-from .speculation import beyond as beyond
 from .stream import Answer as Answer
 from .stream import SessionStream as SessionStream

@@ -15,7 +15,7 @@ section 2). Continuous serving has no rounds.
 
 from dataclasses import dataclass, field
 
-from ralmspec.stages.arrangement import Arrangement, Outlook
+from ralmspec.stages.arrangement import Outlook
 from ralmspec.stages.stride import OS3, FixedStride, PacedStride, Stride, StrideSettings
 
 
@@ -128,46 +128,3 @@ class Continuous:
     def checks_due(self, outlook: Outlook) -> bool:
         """When nothing flies, when enough wait, or when only verdicts can bring the session on."""
         return not outlook.flying or outlook.stuck or outlook.queued >= outlook.stride
-
-
-def published(prefetch: int = 20) -> dict[str, Arrangement]:
-    """The arrangements of the paper's tables under the paper's names, RaLMSeq first; fixed strides are 3.
-
-    P: prefetch, S: the stride scheduler OS3, A: asynchronous verification.
-    """
-
-    def made(*, p: bool = False, s: bool = False, a: bool = False) -> Arrangement:
-        kind = Asynchronous if a else Synchronous
-        return kind(speculation_stride=OS3() if s else 3, prefetch=prefetch if p else 1, asks_drafter=False)
-
-    return {
-        "RaLMSeq": Sequential(),
-        "RaLMSpec": made(),
-        "+P": made(p=True),
-        "+S": made(s=True),
-        "+A": made(a=True),
-        "+PS": made(p=True, s=True),
-        "+SA": made(s=True, a=True),
-        "+PA": made(p=True, a=True),
-        "+PSA": made(p=True, s=True, a=True),
-    }
-
-
-def by_stride(prefetch: int = 20, flights: int = 1) -> dict[str, Arrangement]:
-    """RaLMSeq, the strides of the paper's figure for KNN-LM and the scheduler, each also with asynchronous
-    verification, and `Continuous`."""
-    strides: dict[str, StrideSettings | int] = {"s=1": 1, "s=2": 2, "s=4": 4, "s=8": 8, "OS3": OS3()}
-
-    def made(kind: type[Synchronous], stride: StrideSettings | int) -> Arrangement:
-        return kind(speculation_stride=stride, prefetch=prefetch, asks_drafter=False)
-
-    return {
-        "RaLMSeq": Sequential(),
-        **{name: made(Synchronous, stride) for name, stride in strides.items()},
-        **{f"{name} +A": made(Asynchronous, stride) for name, stride in strides.items()},
-        "continuous": Continuous(prefetch=prefetch, flights=flights),
-    }
-
-
-MAIN_TABLE = ("RaLMSeq", "RaLMSpec", "+P", "+S", "+A", "+PSA")
-"""Those of the paper's main table; the others stand in its ablation."""

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ralmspec.retrievers.errors import MissingExtra
 from ralmspec.retrievers.index import SearchOptions, open_index
 from ralmspec.retrievers.index_parts import KINDS
 from ralmspec.retrievers.manifest import Manifest
@@ -17,6 +16,7 @@ from ralmspec.retrievers.manifest import Manifest
 from . import terminal
 from .batch_cost import BatchCost, batch_costs, real_queries
 from .engine import Engine, EngineOptions
+from .figures import figure_class
 from .locality import Walker
 from .locality_counts import WIDE, Counts, in_turns, instruments
 from .locality_drafts import KINDS as DRAFT_KINDS
@@ -56,7 +56,7 @@ def retrieval(
     costs: list[BatchCost] = []
     with ends_in_a_sentence():
         if out_folder is not None:
-            _plotter()
+            figure_class()
         held = [kind for kind in KINDS if kind in Manifest.read(index).kinds]
         chosen = held if kinds == "all" else [kind.strip() for kind in kinds.split(",")]
         ThreadBudget().apply()
@@ -102,7 +102,7 @@ def locality(
     opened: list[Engine] = []
     with ends_in_a_sentence():
         if out_folder is not None:
-            _plotter()
+            figure_class()
         kinds = [kind.strip() for kind in drafts.split(",") if kind.strip()]
         try:
             engine = terminal.load(engine_options)
@@ -136,7 +136,7 @@ def _report_locality(counts: list[Counts], engine: Engine, max_new_tokens: int, 
         report = {"environment": facts, "figures": [asdict(figure) for figure in found]}
         (folder / "locality.json").write_text(json.dumps(report, indent=2) + "\n")
         (folder / "locality.md").write_text(markdown(found, facts))
-        plot(found, folder / "locality.svg", _plotter())
+        plot(found, folder / "locality.svg", figure_class())
         err.print(f"written: locality.json, locality.md and locality.svg in {folder}")
 
 
@@ -177,17 +177,9 @@ def _markdown(costs: list[BatchCost], sizes: list[int], facts: dict[str, object]
     return "\n".join(lines) + "\n"
 
 
-def _plotter() -> type:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtra("the plot needs: pip install 'ralmspec[bench]'") from None
-    return Figure
-
-
 def _plot(costs: list[BatchCost], path: Path) -> None:
     """Milliseconds over batch size, both logarithmic: a flat line costs nothing more, a diagonal one saves nothing."""
-    figure = _plotter()(figsize=(7, 4.5), layout="constrained")
+    figure = figure_class()(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for kind, count in dict.fromkeys((cost.kind, cost.threads) for cost in costs):
         points = [(c.batch, c.median_s * 1e3) for c in costs if (c.kind, c.threads) == (kind, count)]

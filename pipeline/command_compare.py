@@ -9,8 +9,9 @@ import typer
 from ralmspec.stages.sampling import Sampling
 
 from . import chrome_trace, compare, terminal
-from .arrangements import MAIN_TABLE, published
+from . import timeline as pictures
 from .engine import Engine, EngineOptions
+from .line_up import MAIN_TABLE, beyond, published
 from .options import (
     JsonOption,
     NewTokensOption,
@@ -18,10 +19,12 @@ from .options import (
     SeedOption,
     SetsOption,
     TemperatureOption,
+    TimelineOption,
+    TraceOption,
     with_options,
 )
 from .overlap import overlap_efficiency
-from .speculation import Speculation, beyond
+from .speculation import Speculation
 from .tables import comparison_table
 from .terminal import err, load, out, questions_as_typed, run
 
@@ -44,9 +47,8 @@ def compare_command(
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
     json: JsonOption = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="Write Chrome trace JSON of the first question, for Perfetto.")
-    ] = None,
+    trace: TraceOption = None,
+    timeline: TimelineOption = None,
 ) -> None:
     """Serve the same questions with RaLMSeq, the paper's arrangements and ours, and compare.
 
@@ -63,6 +65,7 @@ def compare_command(
         max_new_tokens=max_new_tokens,
         json=json,
         trace=trace,
+        timeline=timeline,
         sets=sets,
     )
 
@@ -76,9 +79,13 @@ def compared(
     max_new_tokens: int,
     json: Path | None,
     trace: Path | None,
+    timeline: Path | None,
     **facts: Any,
 ) -> None:
     """Open an engine, compare arrangements on prompts, show and write what came of it; `facts` go into the report."""
+    if timeline:  # what it lacks is better said before
+        with terminal.ends_in_a_sentence():
+            pictures.check(timeline)
     runs = compare.Runs(arrangements)
     facts["max_new_tokens"] = max_new_tokens
     opened: list[Engine] = []
@@ -96,7 +103,7 @@ def compared(
                 runs,
                 max_new_tokens=max_new_tokens,
                 sampling=sampling,
-                trace=trace is not None,
+                trace=bool(trace or timeline),
                 progress=tell,
             )
 
@@ -104,7 +111,7 @@ def compared(
         run(main)
     finally:  # what was measured before an interruption is still shown and written
         if runs.complete and opened:
-            _report(runs, opened[0], facts, json, trace)
+            _report(runs, opened[0], facts, json, trace, timeline)
     wrong = sum(r.outputs - r.identical - r.explained for r in compare.rows(runs, ""))
     if wrong:
         err.print(f"[red]{wrong} outputs differ from RaLMSeq's, unexplained[/red]")
@@ -119,11 +126,22 @@ def chosen_from(arrangements: Mapping[str, Speculation], only: str, default: Seq
     return {n: a for n, a in arrangements.items() if n == compare.BASELINE or n in names}
 
 
-def _report(runs: compare.Runs, engine: Engine, facts: dict[str, Any], json: Path | None, trace: Path | None) -> None:
+def _report(
+    runs: compare.Runs,
+    engine: Engine,
+    facts: dict[str, Any],
+    json: Path | None,
+    trace: Path | None,
+    timeline: Path | None,
+) -> None:
     report = compare.report(runs, engine, **facts)
     out.print(comparison_table(report))
     if json:
         json.write_text(report.model_dump_json(indent=2) + "\n")
+    first = {name: answers[0].timeline for name, answers in runs.answers.items()}
+    if timeline:
+        pictures.write(timeline, first, title=engine.retriever.description)
+        err.print(f"how the first question was served: {timeline}")
     if trace:
-        chrome_trace.write(trace, {name: answers[0].timeline for name, answers in runs.answers.items()})
+        chrome_trace.write(trace, first)
         err.print(f"timelines of the first question: {trace} (open it in https://ui.perfetto.dev)")

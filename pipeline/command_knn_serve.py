@@ -9,14 +9,23 @@ import typer
 from ralmspec.stages.sampling import Sampling
 
 from . import terminal
-from .arrangements import Asynchronous, Continuous, Sequential, Synchronous, by_stride
+from .arrangements import Asynchronous, Continuous, Sequential, Synchronous
 from .command_ask import answered
 from .command_compare import chosen_from, compared
 from .command_verify import verified
 from .engine import Engine
 from .held_out import held_out_prompts
 from .knn_engine import KnnOptions, open_knn_engine
-from .options import JsonOption, NewTokensOption, SamplingTemperatureOption, SeedOption, with_options
+from .line_up import by_stride
+from .options import (
+    JsonOption,
+    NewTokensOption,
+    SamplingTemperatureOption,
+    SeedOption,
+    TimelineOption,
+    TraceOption,
+    with_options,
+)
 from .speculation import Speculation
 
 TextArgument = Annotated[
@@ -73,14 +82,14 @@ def compare_command(
     sampling_temperature: SamplingTemperatureOption = 0.0,
     seed: SeedOption = 0,
     json: JsonOption = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="Write Chrome trace JSON of the first prompt, for Perfetto.")
-    ] = None,
+    trace: TraceOption = None,
+    timeline: TimelineOption = None,
 ) -> None:
     """Serve the same prompts with sequential KNN-LM and with speculation, and compare.
 
-    Fixed speculation strides and the scheduler OS3, each without and with asynchronous verification (+A), and
-    'continuous', where decoding never waits. The columns are those of `ralmspec compare`.
+    Fixed speculation strides and the scheduler OS3, each without and with asynchronous verification (+A), 'continuous',
+    where decoding never waits, and 'adaptive', which learns from one prompt to the next. The columns are those of
+    `ralmspec compare`.
     """
     arrangements = by_stride(prefetch, flights)
     compared(
@@ -91,6 +100,7 @@ def compare_command(
         max_new_tokens=max_new_tokens,
         json=json,
         trace=trace,
+        timeline=timeline,
         text=text.name,
         prompt_tokens=prompt_tokens,
         prefetch=prefetch,

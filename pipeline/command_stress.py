@@ -17,13 +17,14 @@ from rich.markup import escape
 from ralmspec.stages.sampling import Sampling
 
 from . import terminal
+from .adaptive import Adaptive
 from .arrangements import Asynchronous, Continuous, Sequential, Synchronous
 from .arrivals import ClosedLoop, OpenLoop
 from .engine import EngineOptions
 from .limits import Limits
 from .options import JsonOption, NewTokensOption, TemperatureOption, with_options
 from .simulated import SimulatedModel, simulated_engine
-from .speculation import Adaptive, Speculation
+from .speculation import Speculation
 from .stress import STALL_S, Plan, Stress
 from .stress_oracle import right_answers
 from .stress_report import report

@@ -108,3 +108,11 @@ SamplingTemperatureOption = Annotated[
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of sampling.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option("--trace", help="Write Chrome trace JSON of how the first prompt was served, for Perfetto."),
+]
+TimelineOption = Annotated[
+    Path | None,
+    typer.Option("--timeline", help="Draw how the first prompt was served: .svg, .png or .pdf (needs [bench])."),
+]

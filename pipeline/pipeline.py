@@ -16,10 +16,11 @@ from ralmspec.stages.sampling import Sampling
 from ralmspec.stages.stage import Stage, Worker
 from ralmspec.stages.workload import Workload
 
+from .adaptive import Adaptive
 from .errors import NotServing
 from .limits import Limits
 from .runner import Runner
-from .speculation import Adaptive, Always, Chooser, Speculation
+from .speculation import Always, Chooser, Speculation
 from .stream import Answer, SessionStream
 from .threads import ThreadWorker
 

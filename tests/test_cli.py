@@ -42,10 +42,10 @@ def test_ask_answers_and_names_its_sources() -> None:
 
 
 def test_compare_writes_its_contract_and_a_timeline(tmp_path: Path) -> None:
-    report, trace = tmp_path / "report.json", tmp_path / "trace.json"
+    report, trace, picture = tmp_path / "report.json", tmp_path / "trace.json", tmp_path / "timeline.svg"
     code, out, err = run(
         "compare", *PLACES, "--questions", "2", "--max-new-tokens", "24", "--retriever-latency", "0.05",
-        "--json", str(report), "--trace", str(trace),
+        "--json", str(report), "--trace", str(trace), "--timeline", str(picture),
     )  # fmt: skip
     assert code == 0, err
     assert "simulated" in out
@@ -63,6 +63,16 @@ def test_compare_writes_its_contract_and_a_timeline(tmp_path: Path) -> None:
     spans = [event for event in events if event["ph"] == "X"]
     assert {span["cat"] for span in spans} == {"lookup", "generate", "verify", "prefetch"}
     assert all(span["dur"] >= 0 and span["ts"] >= 0 for span in spans)
+    drawn = picture.read_text()
+    assert all(f"{row}: " in drawn for row in rows) and "simulated" in drawn
+
+
+@pytest.mark.parametrize(("name", "why"), [("timeline.txt", "ends in .svg"), ("nowhere/timeline.svg", "no folder")])
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, name: str, why: str
+) -> None:
+    code, out, err = run("compare", *PLACES, "--timeline", str(tmp_path / name))
+    assert code == 2 and why in err and not out
 
 
 def test_verify_lossless_is_strict_in_float64(tmp_path: Path) -> None:
