@@ -37,6 +37,7 @@ class Generate(CycleStage[Pass, Decoded]):
         self._load = load
         self._model = model
         self._workload = workload
+        self._made_way = False  # some session, since all were last looked at
 
     async def run(self, inbox: Inbox[Turn], outbox: Outbox[Session]) -> None:
         """Serve until the inbox ends. What does not fit into a pass waits for the next, in the order of its coming."""
@@ -46,14 +47,15 @@ class Generate(CycleStage[Pass, Decoded]):
             served, waiting = turns[: self._batch], turns[self._batch :]
             self._load.crowded = bool(waiting) and not self._is_draft(served[-1])
             if self._load.crowded:
+                self._made_way = True
                 send_home([(turn, self._sessions[turn.session]) for turn in waiting if self._is_draft(turn)], outbox)
                 waiting = [turn for turn in waiting if not self._is_draft(turn)]
             await self._serve(served, outbox)
 
     async def _idle(self, inbox: Inbox[Turn], outbox: Outbox[Session]) -> list[Turn]:
         """Nobody waits for a pass: sessions that made way for others are looked at again, before the model idles."""
-        if self._load.crowded:
-            self._load.crowded = False
+        if self._made_way:
+            self._made_way = self._load.crowded = False
             for session in [self._sessions[id] for id in [*self._sessions]]:
                 outbox.send_nowait(session)
         return await take(inbox)
