@@ -1,4 +1,4 @@
-"""One request served sequentially and with speculation: the same tokens, sooner.
+"""The same requests served sequentially and with speculation: the same tokens, sooner.
 
     python examples/compare_arrangements.py
     python examples/compare_arrangements.py --questions 6 --max-new-tokens 128 --latency 0.1
@@ -26,7 +26,7 @@ from ralmspec.retrievers.questions import QuestionFolder
 from ralmspec.stages.transformers_model import TransformersModel
 
 DEMO = Path(__file__).parent / "demo"
-NAMES = ("RaLMSeq", "RaLMSpec", "+PSA")  # of the six in `published`
+NAMES = ("RaLMSeq", "RaLMSpec", "+PSA")  # of those in `published`
 
 
 async def compare(questions: int, max_new_tokens: int, latency: float) -> Table:

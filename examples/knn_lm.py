@@ -54,7 +54,7 @@ async def go_on(prompt: str, passages: int, max_new_tokens: int) -> None:
                 match event:
                     case Committed(text=text, document=document):
                         context = retriever.document(document.id).text.replace("\n", " ")
-                        print(f"{text!r:16} distance {-document.score:6.1f}  ...{context[-60:]}")
+                        print(f"{text!r:16} squared distance {-document.score:6.1f}  ...{context[-60:]}")
                     case Done(statistics=s):
                         print(f"{s.new_tokens} tokens in {s.latency_s:.2f} s, {s.kb_calls} searches")
                         print(f"{s.matched} of {s.checked} guesses gave the right token")

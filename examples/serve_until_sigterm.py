@@ -79,7 +79,7 @@ def load(drain_s: float) -> Pipeline:
     """All that takes long and needs no event loop."""
     corpus = Corpus.find(DEMO)
     retriever = ExactDense(Passages(corpus.passages), corpus.embeddings, SentenceEncoder("minilm"))
-    # A call that hangs counts as dead before draining is over, so leaving never takes longer than that.
+    # A call that hangs is given up after as long as draining may take, a second at least, so that leaving ends.
     limits = Limits(drain_s=drain_s, call_s=max(drain_s, 1.0))
     return Pipeline(model=TransformersModel.load(DEMO / "model"), retriever=retriever, limits=limits)
 

@@ -1,5 +1,6 @@
 """The command line: `ralmspec ask`, `compare`, `verify-lossless` and `stress` for in-context RaLM; `index build` and
-`info`; `knn build`, `info`, `tune`, `perplexity`, `ask`, `compare`, `verify-lossless`; `bench retrieval`; `doctor`."""
+`info`; `knn build`, `info`, `tune`, `perplexity`, `ask`, `compare`, `verify-lossless`; `bench retrieval` and
+`locality`; `doctor`."""
 
 import typer
 

@@ -28,7 +28,7 @@ class CycleStage(Generic[Work, Result]):
     def __init__(
         self, sessions: Mapping[int, Session], worker: Worker, now: Callable[[], float], *, batch: int = 32
     ) -> None:
-        self._sessions = sessions
+        self._sessions = sessions  # looking one up may end it, if its deadline has passed
         self._worker = worker
         self._now = now
         self._batch = batch
@@ -49,8 +49,8 @@ class CycleStage(Generic[Work, Result]):
         raise NotImplementedError
 
     def give(self, session: Session, work: Work, result: Result, turn: Turn, start: float) -> None:
-        """A section: take in the result. `turn.issued` to now is how long it took, waiting included, `start` to now
-        without."""
+        """A section: take in the result, which may be stale by now. `turn.issued` to now is how long it took, waiting
+        included, `start` to now without."""
         raise NotImplementedError
 
     def bear(self, session: Session, work: Work, fault: Exception) -> None:

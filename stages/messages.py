@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Message:
-    """Belongs to a session; `epoch` is the number of rollbacks the session had had when it was made.
+    """Belongs to a session; `epoch` is the session's when it was made: it grows with every rollback, and with the end.
 
     A message is the same as itself only.
     """

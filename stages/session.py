@@ -6,7 +6,8 @@ call sections; after each, the `Switch` looks where the session is due next.
     question, looked             Lookup takes the next query, and brings it back encoded: a step begins, maybe guessed
     next_pass, decoded           Generate takes one forward pass, and brings its token, the frontier, or what settles a
                                  doubt: commit, or ROLLBACK
-    launch, take_checks, judge   Verify is given the checks that are due, and brings verdicts: commit, or ROLLBACK
+    launch, take_checks, judge   the Switch sends checks that are due to Verify, which brings verdicts: commit, doubt,
+                                 or ROLLBACK
     take_wanted                  Prefetch takes ids for the cache
     finish                       the one end
 

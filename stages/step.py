@@ -27,6 +27,13 @@ class Step:
     documents than the true ones, and the model has not yet said under those whether it would have written the same.
     It commits when it is certain, complete and free of doubt. `busy_s` is the time it has spent in Lookup and
     Generate, waiting for its turn included, since it was last rolled back.
+
+        guessed, verdict right                          certain
+        guessed, verdict wrong                          certain and doubted; `retrieved` is the truth now
+            the model says the same under it            certain
+            it says otherwise                           ROLLBACK to the first other token, certain
+        the same without token check, or no token yet   ROLLBACK to its start, certain
+        never guessed, verdict here                     certain, nothing written yet
     """
 
     index: int

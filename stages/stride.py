@@ -116,7 +116,8 @@ class OS3Stride:
 class PacedStride:
     """Spreads `flights` verifications evenly over the time that one of them takes: ceil(b / (a · flights)) checks each.
 
-    Bounded by `longest`. a and b are the last measured ones; until there are any, every check is worth a flight.
+    Of use with more than one flight: a single one leaves with whatever waits. Bounded by `longest`. a and b are the
+    last measured ones; until there are any, every check is worth a flight.
     """
 
     def __init__(self, flights: int, longest: int) -> None:
