@@ -40,6 +40,7 @@ def test_compare_writes_the_contract_for_every_stride(store: Path, held_out: Pat
     written = json.loads(report.read_text())
     assert [row["arrangement"] for row in written["rows"]] == [
         "RaLMSeq", "s=1", "s=2", "s=4", "s=8", "OS3", "s=1 +A", "s=2 +A", "s=4 +A", "s=8 +A", "OS3 +A", "continuous",
+        "adaptive",
     ]  # fmt: skip
     assert all((row["identical"] + row["explained"], row["outputs"]) == (2, 2) for row in written["rows"])
     assert (written["environment"]["top_k"], written["environment"]["datastore"]) == (4, "store")

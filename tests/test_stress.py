@@ -307,7 +307,7 @@ async def test_an_error_that_is_none_of_ours_is_a_loss(monkeypatch: pytest.Monke
         finish(self, status, LookupError("bare") if status is Status.FAILED else error)
 
     monkeypatch.setattr(Session, "finish", bare)
-    made = await ran(prepared(fault_rate=0.02))
+    made = await ran(prepared(fault_rate=0.1))  # often enough that some call for one session alone fails
     assert made.lost > 0 and made.failed == {} and not made.sound
     assert made.cases == [f"lost ({made.lost}): LookupError: bare"]
 
