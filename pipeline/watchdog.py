@@ -65,11 +65,12 @@ class Watchdog:
         only if no stage gets on and no call is running (that one has `call_s`).
         """
         limit = self._limits.stall_s
-        if session.home and not session.blocked_by_reader:
-            return max(session.progress, self._resumed) + limit
-        if session.blocked_by_reader or any(worker.oldest_call() < float("inf") for worker in self._workers):
+        since = max(session.progress, session.reader.returned, self._resumed)
+        if session.home and not session.reader.blocks:
+            return since + limit
+        if session.reader.blocks or any(worker.oldest_call() < float("inf") for worker in self._workers):
             return anyio.current_time() + limit
-        return max(session.progress, self._switch.progress, self._resumed) + limit
+        return max(since, self._switch.progress) + limit
 
 
 class OnTime(Mapping[int, Session]):

@@ -13,7 +13,7 @@ class Checks:
     window: int
     queued: deque[Check] = field(default_factory=deque)  # of newest steps only, so there are steps where there are some
     flying: list[tuple[Check, ...]] = field(default_factory=list)  # a batch for each turn that is out at Verify
-    early: dict[int, Verdict] = field(default_factory=dict)  # by step; of this epoch
+    verdicts: dict[int, Verdict] = field(default_factory=dict)  # by step; of this epoch, not applied yet
 
     @property
     def credits_out(self) -> int:
@@ -36,6 +36,6 @@ class Checks:
         self.flying.remove(batch)
 
     def drop(self) -> None:
-        """Forget what waits and what came early; what flies comes home in its own time."""
+        """Forget what waits to fly or to be applied; what flies comes home in its own time."""
         self.queued.clear()
-        self.early.clear()
+        self.verdicts.clear()

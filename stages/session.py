@@ -27,11 +27,12 @@ from ralmspec.retrievers.cache import SessionCache
 from .arrangement import Arrangement, Outlook
 from .checks import Checks
 from .load import Load
-from .messages import Check, Committed, Decoded, Done, Drafted, Event, Pass, Place, RolledBack, Turn, Verdict
+from .messages import Check, Decoded, Done, Event, Pass, Place, Turn, Verdict
+from .pace import Pace
+from .reader import Reader
 from .request import Request, Status
 from .statistics import Statistics
 from .step import Move, Step
-from .text import TextStream
 from .trace import Trace
 from .transcript import Transcript
 from .workload import BoundWorkload
@@ -61,7 +62,6 @@ class Session:
         self.arrangement = arrangement
         self.load = load
         self.cache = cache
-        self.stride = arrangement.stride()
         self.epoch = 0
         self.status = Status.LIVE
         self.error: BaseException | None = None
@@ -69,15 +69,10 @@ class Session:
         self.checks = Checks(arrangement.window)
         self.wanted: deque[Ids] = deque(maxlen=arrangement.window)
         self.out: set[Place] = set()  # Verify's turns are counted in `checks.flying`
-        self.unread = 0  # events on their way to the caller, or waiting for it
+        self.pace = Pace(arrangement.stride())
+        self.reader = Reader(id, request, workload=workload, render=render, emit=emit, now=now)
         self.statistics = Statistics(prompt_tokens=len(request.prompt), prompt_tokens_cut=request.prompt_tokens_cut)
         self.trace = Trace(id) if request.trace else None
-        self._decoded_s: list[float] = []  # what each step took that was completed since the last verification
-        self._stood: list[bool] = []  # since then, of each guess that was judged, whether its tokens stand
-        self._verification_s = 0.0
-        self._full_since = 0.0  # when so much was unread that the session began to wait for its reader
-        self._text = TextStream(render)
-        self._emit = emit
         self._now = now
         self.admitted = self.progress = now()
 
@@ -94,14 +89,9 @@ class Session:
         return not self.out and not self.checks.flying
 
     @property
-    def blocked_by_reader(self) -> bool:
-        """Whether the caller leaves so much unread that no new work is begun (R8)."""
-        return self.unread >= self.request.unread_limit
-
-    @property
     def move(self) -> Move | None:
         """What the session's turn should do now; None while only a verdict or the reader can bring it on."""
-        if self.final or self.blocked_by_reader:
+        if self.final or self.reader.blocks:
             return None
         transcript = self.transcript
         if transcript.doubted:
@@ -148,7 +138,7 @@ class Session:
             or newest.retrieved is None
             or (newest.complete and self._window_full)
             or (not newest.certain and not newest.complete and not self._may_guess),
-            stride=self.stride.length,
+            stride=self.pace.stride.length,
         )
 
     def is_stale(self, epoch: int) -> bool:
@@ -162,20 +152,6 @@ class Session:
             self.checks.land(turn.checks)
         else:
             self.out.discard(turn.place)
-
-    def told(self) -> None:
-        """One event more waits for the caller."""
-        self.unread += 1
-        if self.unread == self.request.unread_limit:
-            self._full_since = self._now()
-
-    def heard(self) -> None:
-        """One event fewer waits for the caller. A reader that was away does not count as the session's own delay."""
-        if self.blocked_by_reader:
-            self.progress = self._now()
-        if self.unread == self.request.unread_limit and not self.final:
-            self.statistics.reader_s += self._now() - self._full_since
-        self.unread -= 1
 
     def write_off(self) -> None:
         """Count everything as home; only once no stage runs any more and nothing can come."""
@@ -266,39 +242,15 @@ class Session:
         else:
             self._write(self.transcript.steps[-1], brought.tokens[0], made.retrieved, seconds)
         self._commit()
-        self._learn()
 
     def _write(self, step: Step, token: int, retrieved: Ranking, seconds: float) -> None:
         """The newest step gets its next token."""
         self.transcript.write(step, token, ends=self.request.ends(token, self.transcript.position))
         step.busy_s += seconds
         if step.complete:
-            self._decoded_s.append(step.busy_s)
-        if self.request.drafts and not step.settled:
-            text = self._text.newest(self.transcript.generated)
-            document = self.workload.source(retrieved)
-            self._emit(Drafted(session=self.id, text=text, token=token, step=step.index, document=document))
-
-    def _resolve(self, said: Sequence[int], seconds: float) -> None:
-        """The model has said, under the true documents, what it would have written in the doubted step.
-
-        If that is what was written, all that was drafted after it stands too, and verdicts that wait for it apply. If
-        not, the step goes back to the first token that differs, and gets the true one.
-        """
-        step = self.transcript.steps[0]
-        truth = step.retrieved
-        assert step.doubted and truth is not None
-        step.doubted = False
-        same = next((n for n, (was, true) in enumerate(zip(step.tokens, said, strict=False)) if was != true), None)
-        self._stood.append(same is None)
-        if same is None:
-            self.statistics.saved += 1
-            if not step.complete:
-                self._write(step, said[-1], truth, seconds)
-        else:
-            self._roll_back(step, truth, keep=same)
-            self._write(step, said[same], truth, seconds)
-        self._settle()
+            self.pace.completed(step.busy_s)
+        if not step.settled:
+            self.reader.drafted(step, self.transcript.generated, retrieved)
 
     def give_up_draft(self, made: Pass) -> bool:
         """A pass has failed: whether it wrote under a guess, so that the session can go on after the verdict."""
@@ -331,15 +283,16 @@ class Session:
         self.statistics.shortest_search_s = min(self.statistics.shortest_search_s, search_s)
         if self.final:
             return
-        self.checks.early |= {verdict.step: verdict for verdict in verdicts if verdict.epoch == self.epoch}
-        self._verification_s = verification_s
+        self.checks.verdicts |= {verdict.step: verdict for verdict in verdicts if verdict.epoch == self.epoch}
+        self.pace.verified(verification_s)
         applied = self._settle()
         # Last in, first fetched: what stands comes last, and the oldest are dropped beyond the window.
         for verdict in sorted(verdicts, key=lambda verdict: verdict in applied):
             if len(verdict.wanted):
                 self.wanted.append(verdict.wanted)
         self._commit()
-        self._learn()
+
+    # What verdicts lead to -----------------------------------------------------------------------------------------
 
     def _settle(self) -> list[Verdict]:
         """Apply, in step order, the verdicts that are here, up to a step that they put in doubt."""
@@ -354,7 +307,7 @@ class Session:
             self.statistics.matched_by_drafter += step.from_drafter and verdict.right
             step.doubted = guessed and not verdict.right and self._can_be_doubted(step)
             if guessed and not step.doubted:
-                self._stood.append(verdict.right)
+                self.pace.judged(verdict.right)
                 if not verdict.right:
                     self._roll_back(step, truth)
             step.retrieved = truth
@@ -364,22 +317,33 @@ class Session:
         """The verdict of the oldest step that is not settled, if it is here. One in doubt has had its own, so those of
         later steps wait."""
         step = self.transcript.unsettled
-        return self.checks.early.pop(step.index, None) if step else None
+        return self.checks.verdicts.pop(step.index, None) if step else None
 
     def _can_be_doubted(self, step: Step) -> bool:
         """Whether other documents may still have led to the same tokens. Where queries need the frontier, the verdict
         has already compared them."""
         return self.arrangement.token_check and bool(step.tokens) and not self.workload.asks_with_frontier
 
-    def _learn(self) -> None:
-        """Let the stride scheduler see what has been judged, once no doubt is left about any of it."""
-        if self.transcript.doubted or not self._stood:
-            return
-        mean = sum(self._decoded_s) / len(self._decoded_s) if self._decoded_s else None
-        matched, checked = sum(self._stood), len(self._stood)
-        self.stride.observe(matched=matched, checked=checked, step_s=mean, verification_s=self._verification_s)
-        self._decoded_s.clear()
-        self._stood.clear()
+    def _resolve(self, said: Sequence[int], seconds: float) -> None:
+        """The model has said, under the true documents, what it would have written in the doubted step.
+
+        If that is what was written, all that was drafted after it stands too, and verdicts that wait for it apply. If
+        not, the step goes back to the first token that differs, and gets the true one.
+        """
+        step = self.transcript.steps[0]
+        truth = step.retrieved
+        assert step.doubted and truth is not None
+        step.doubted = False
+        same = next((n for n, (was, true) in enumerate(zip(step.tokens, said, strict=False)) if was != true), None)
+        self.pace.judged(same is None)
+        if same is None:
+            self.statistics.saved += 1
+            if not step.complete:
+                self._write(step, said[-1], truth, seconds)
+        else:
+            self._roll_back(step, truth, keep=same)
+            self._write(step, said[same], truth, seconds)
+        self._settle()
 
     def _roll_back(self, step: Step, truth: Ranking, *, keep: int = 0) -> None:
         """Back to the first `keep` tokens of `step`: a write, and never a wait (R3). What is under way is stale now."""
@@ -389,11 +353,24 @@ class Session:
         step.busy_s = 0.0
         self.statistics.rollbacks += 1
         self.statistics.wasted_tokens += dropped
-        if self.request.drafts and (retracted := dropped + keep):
-            document = self.workload.source(truth)
-            self._emit(RolledBack(session=self.id, step=step.index, tokens=retracted, document=document))
+        self.reader.retracted(step, dropped + keep, truth)
         if self.trace:
             self.trace.mark("rollback", self._now(), step=step.index, epoch=self.epoch)
+
+    def _commit(self) -> None:
+        """Move the commit horizon over every step that is certain and complete."""
+        transcript = self.transcript
+        while step := transcript.commit():
+            assert step.retrieved is not None
+            self.statistics.steps += 1
+            self.statistics.documents_cut += self.workload.tokens_cut(step.retrieved) > 0
+            if self.statistics.time_to_first_token_s is None:
+                self.statistics.time_to_first_token_s = self._now() - self.admitted
+            self.reader.committed(step, transcript.committed, step.retrieved, last=transcript.finished)
+        if transcript.doubted is None:
+            self.pace.learn()
+        if transcript.finished:
+            self.finish(Status.DONE)
 
     # Prefetch ------------------------------------------------------------------------------------------------------
 
@@ -418,33 +395,13 @@ class Session:
         self.wanted.clear()
         self.statistics.new_tokens = len(self.transcript.committed)
         self.statistics.latency_s = self._now() - self.admitted
-        self.statistics.reader_s += self._now() - self._full_since if self.blocked_by_reader else 0.0
+        self.statistics.reader_s = self.reader.away_s
         self.out.add(Place.OUTPUT)
-        self._emit(self.last_event())
+        self.reader.ended(self.last_event())
 
     def last_event(self) -> Done:
         """The event that ends the caller's stream."""
         return Done(session=self.id, statistics=replace(self.statistics), error=self.error)
-
-    def _commit(self) -> None:
-        """Move the commit horizon over every step that is certain and complete."""
-        while step := self.transcript.commit():
-            assert step.retrieved is not None
-            self.statistics.steps += 1
-            self.statistics.documents_cut += self.workload.tokens_cut(step.retrieved) > 0
-            if self.statistics.time_to_first_token_s is None:
-                self.statistics.time_to_first_token_s = self._now() - self.admitted
-            self._emit(
-                Committed(
-                    session=self.id,
-                    text=self._text.advance(self.transcript.committed, last=self.transcript.finished),
-                    tokens=tuple(step.tokens),
-                    step=step.index,
-                    document=self.workload.source(step.retrieved),
-                )
-            )
-        if self.transcript.finished:
-            self.finish(Status.DONE)
 
     def span(self, stage: str, start: float, *, epoch: int, step: int | None = None, note: str = "") -> None:
         """Note a stretch of a stage's work in the timeline, if one is kept."""

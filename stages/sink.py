@@ -22,7 +22,7 @@ class Sink:
     def put(self, event: Event) -> None:
         """Leave an event for the reader."""
         self.events.append(event)
-        self.session.told()
+        self.session.reader.told()
         self._arrived.set()
 
     async def get(self) -> Event:
@@ -37,6 +37,6 @@ class Sink:
         finally:
             self._waited_for = False
         event = self.events.popleft()
-        self.session.heard()
+        self.session.reader.heard()
         self._wake(self.session)
         return event

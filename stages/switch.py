@@ -83,12 +83,12 @@ class Switch:
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             pass  # the output path is dead with what was in it, so is the engine, and `bury` will say so
         else:
-            self.live[event.session].told()
+            self.live[event.session].reader.told()
 
     def picked_up(self, event: Event) -> None:
         """An output stage has taken the event; what it makes of it, and whether it lives on, is its own business."""
         if (session := self.live.get(event.session)) is not None:
-            session.heard()
+            session.reader.heard()
             self.send_nowait(session)
 
     def deliver(self, event: Event) -> None:

@@ -50,7 +50,7 @@ class Hand:
 
     def emit(self, event: Event) -> None:
         self.events.append(event)
-        self.session.told()
+        self.session.reader.told()
 
     def ask(self) -> Query:
         assert self.session.move is Move.LOOK

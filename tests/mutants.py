@@ -38,6 +38,7 @@ from ralmspec.stages.load import Load
 from ralmspec.stages.lookup import Lookup
 from ralmspec.stages.messages import Check, Done, Place, Verdict
 from ralmspec.stages.prefetch import Prefetch
+from ralmspec.stages.reader import Reader
 from ralmspec.stages.request import Status
 from ralmspec.stages.session import Session
 from ralmspec.stages.sink import Sink
@@ -177,7 +178,7 @@ def keeps_early_verdicts(self: Checks) -> None:
 
 
 def whichever_comes(self: Session) -> Verdict | None:
-    return self.checks.early.popitem()[1] if self.checks.early else None
+    return self.checks.verdicts.popitem()[1] if self.checks.verdicts else None
 
 
 # R5, R6 ----------------------------------------------------------------------------------------------------------
@@ -249,11 +250,11 @@ def one_blocks_all(patch: Patch) -> None:
         begin(self, *arguments, **named)
         everybody.append(self)
 
-    def blocked(self: Session) -> bool:
-        return any(session.unread >= session.request.unread_limit for session in everybody if not session.final)
+    def any_blocks(self: Reader) -> bool:
+        return any(session.reader.unread >= session.request.unread_limit for session in everybody if not session.final)
 
     patch.setattr(Session, "__init__", noted)
-    patch.setattr(Session, "blocked_by_reader", property(blocked))
+    patch.setattr(Reader, "blocks", property(any_blocks))
 
 
 # R9, R10 ---------------------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ def hides_the_error(last_event: Callable[[Session], Done], self: Session) -> Don
 
 def ends_without_saying(finish: Any, self: Session, *arguments: Any) -> None:
     with Patch.context() as patch:
-        patch.setattr(self, "_emit", nothing)
+        patch.setattr(self.reader, "ended", nothing)
         finish(self, *arguments)
 
 
@@ -325,7 +326,7 @@ def ignores_deadlines(admit: Any, self: Runner, request: Any) -> Any:
 
 def counts_the_readers_time(stalls_at: Any, self: Watchdog, session: Session) -> float:
     with Patch.context() as patch:
-        patch.setattr(Session, "blocked_by_reader", property(lambda self: False))
+        patch.setattr(Reader, "blocks", property(lambda self: False))
         return float(stalls_at(self, session))
 
 
@@ -414,7 +415,7 @@ MUTANTS = [
     Mutant("R7", "a full queue loses what does not fit", instead(switch, "overflow", nothing),
            R.test_r7_a_full_queue_says_so),
     Mutant("R7", "a turn is given twice", around(Switch, "send_nowait", gives_turns_twice), schedules),
-    Mutant("R8", "nobody looks how much is unread", instead(Session, "blocked_by_reader", property(lambda self: False)),
+    Mutant("R8", "nobody looks how much is unread", instead(Reader, "blocks", property(lambda self: False)),
            E.test_r8_a_reader_that_stays_away_pauses_its_own_session_only),
     Mutant("R8", "reading wakes nobody", around(Sink, "get", reads_without_waking),
            E.test_r8_one_event_at_a_time_is_enough),

@@ -60,6 +60,6 @@ def test_what_flies_is_not_dropped() -> None:
     checks.launch()
     checks.queued.append(check(1))
     truth = Ranking(np.array([1]), np.ones(1, dtype=np.float32))
-    checks.early[1] = Verdict(session=1, epoch=0, step=1, truth=truth, right=True, wanted=truth.ids[:0])
+    checks.verdicts[1] = Verdict(session=1, epoch=0, step=1, truth=truth, right=True, wanted=truth.ids[:0])
     checks.drop()
-    assert not checks.queued and not checks.early and checks.credits_out == 1
+    assert not checks.queued and not checks.verdicts and checks.credits_out == 1

@@ -277,8 +277,8 @@ def test_a_reader_that_leaves_too_much_unread_stops_new_work_only() -> None:
     hand.begin()
     hand.guesses(5)
     hand.decode(1, 2)
-    assert hand.session.blocked_by_reader and hand.session.move is None
-    hand.session.heard()
+    assert hand.session.reader.blocks and hand.session.move is None
+    hand.session.reader.heard()
     assert hand.session.move is Move.LOOK
 
 
@@ -399,7 +399,7 @@ def test_whatever_comes_home_when_the_output_is_the_oracles(data: st.DataObject)
             possible.append("judge")
         if session.checks_due:
             possible.append("launch")
-        if session.unread:
+        if session.reader.unread:
             possible.append("read")
         assert possible, f"stuck: {session}"
         match data.draw(st.sampled_from(possible)):
@@ -421,7 +421,7 @@ def test_whatever_comes_home_when_the_output_is_the_oracles(data: st.DataObject)
                 rankings = hand.retriever.search([check.query for check in checks], 1)
                 hand.judge(checks, *(int(ranking.ids[0]) for ranking in rankings))
             case "read":
-                session.heard()
+                session.reader.heard()
         assert len(session.transcript.steps) <= session.arrangement.window
         assert session.checks.credits_out <= session.arrangement.window
         assert len(session.checks.flying) <= session.arrangement.flights
@@ -437,19 +437,19 @@ def test_whatever_comes_home_when_the_output_is_the_oracles(data: st.DataObject)
 def test_who_reads_nothing_takes_the_time_until_the_end_and_none_after_it() -> None:
     hand = Hand(Sequential(), unread_limit=2)
     for hand.at in (1.0, 2.0, 3.0):
-        hand.session.told()
+        hand.session.reader.told()
     hand.at = 5.0
-    hand.session.heard()
-    assert hand.session.blocked_by_reader and hand.session.statistics.reader_s == 0.0
+    hand.session.reader.heard()
+    assert hand.session.reader.blocks and hand.session.reader.away_s == 3.0
     hand.at = 6.0
-    hand.session.heard()
-    assert hand.session.statistics.reader_s == 4.0, "full from the second event on, until fewer than two are left"
+    hand.session.reader.heard()
+    assert hand.session.reader.away_s == 4.0, "full from the second event on, until fewer than two are left"
     hand.at = 7.0
-    hand.session.told()
+    hand.session.reader.told()
     hand.at = 10.0
     hand.session.finish(Status.DONE)
     assert hand.session.statistics.reader_s == 7.0 and hand.session.statistics.latency_s == 10.0
     hand.at = 20.0
     for _ in range(3):
-        hand.session.heard()
+        hand.session.reader.heard()
     assert hand.session.statistics.reader_s == 7.0

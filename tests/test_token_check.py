@@ -177,7 +177,7 @@ def test_the_stride_learns_of_a_guess_when_no_doubt_is_left() -> None:
         def observe(self, *, matched: int, checked: int, step_s: float | None, verification_s: float) -> None:
             seen.append((matched, checked))
 
-    hand.session.stride = Noting()
+    hand.session.pace.stride = Noting()
     say(hand, 3, 4)
     assert seen == [(3, 3)], "tokens that stand are as good as the document"
 
