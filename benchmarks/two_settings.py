@@ -77,16 +77,17 @@ def markdown(name: str, made: Comparison) -> str:
         f"b = {facts['b_s'] * 1e3:.0f} ms, b/a = {facts['b_over_a']:.2f}. Two threads' work overlaps by "
         f"{facts['overlap']['efficiency']:.2f} (1: fully, 0 or less: not at all).",
         "",
-        "| arrangement | latency s | speed-up | 95 % | γ | hits: cache, drafter | saved | rollbacks | tokens wasted | "
-        "searches | F_ideal | F_miss | identical |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| arrangement | latency s | speed-up | 95 % | γ | hits: cache, drafter | certified | saved | rollbacks | "
+        "tokens wasted | searches | F_ideal | F_miss | identical |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in made.rows:
         gamma = "" if row.gamma is None else f"{row.gamma:.2f}"
         same = f"{row.identical}/{row.outputs}" + (f" (+{row.explained} near-ties)" if row.explained else "")
         lines.append(
             f"| {row.arrangement} | {row.latency_s:.2f} | {row.speedup:.2f} | {row.speedup_low:.2f}-"
-            f"{row.speedup_high:.2f} | {gamma} | {row.cache_hits}, {row.drafter_hits} | {row.saved} | "
+            f"{row.speedup_high:.2f} | {gamma} | {row.cache_hits}, {row.drafter_hits} | {row.certified} | "
+            f"{row.saved} | "
             f"{row.rollbacks} | {row.wasted_tokens} | {row.kb_calls} | {row.f_ideal:.2f} | {row.f_miss:.2f} | {same} |"
         )
     return "\n".join([*lines, ""])

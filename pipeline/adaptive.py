@@ -41,7 +41,12 @@ class Adaptive:
     def __init__(self, choices: Sequence[Arrangement] = (), *, prefetch: int = 256) -> None:
         self._choices = tuple(choices) or (
             Continuous(prefetch=prefetch),
-            Synchronous(speculation_stride=OS3(gamma_max=0.99, window=20), prefetch=prefetch, token_check=True),
+            Synchronous(
+                speculation_stride=OS3(gamma_max=0.99, window=20),
+                prefetch=prefetch,
+                token_check=True,
+                certified_skip=True,
+            ),
             Sequential(),
         )
         self.window = max(choice.window for choice in self._choices)

@@ -26,6 +26,7 @@ class Sequential:
     guesses = False
     asks_drafter = False
     token_check = False
+    certified_skip = False
     prefetch = 1
     window = 1
     flights = 1
@@ -50,6 +51,7 @@ class Synchronous:
     speculation_stride: StrideSettings | int = field(default_factory=OS3)
     prefetch: int = 20
     token_check: bool = False
+    certified_skip: bool = False
     asks_drafter: bool = True
     guesses = True
     flights = 1
@@ -109,6 +111,7 @@ class Continuous:
     flights: int = 1
     prefetch: int = 20
     token_check: bool = True
+    certified_skip: bool = True
     asks_drafter: bool = True
     guesses = True
 

@@ -132,12 +132,12 @@ def row(
     reference = np.array([s.latency_s for s in baseline])
     steps = np.array([s.steps for s in baseline])
     a, b = step_and_search(baseline)
-    misses = np.array([s.rollbacks for s in mine]) if any(s.checked for s in mine) else steps - 1
-    drain = np.maximum(0.0, b - a) if any(s.checked for s in mine) else 0.0
+    guessed = sum(s.checked + s.certified for s in mine)
+    misses = np.array([s.rollbacks for s in mine]) if guessed else steps - 1
+    drain = np.maximum(0.0, b - a) if guessed else 0.0
     best = b + steps * a + misses * b + drain
     draws = np.random.default_rng(0).integers(0, len(mine), (2000, len(mine)))
     ratios = reference[draws].sum(axis=1) / latency[draws].sum(axis=1)
-    checked = sum(s.checked for s in mine)
     return Row(
         arrangement=name,
         retriever=retriever,
@@ -148,9 +148,10 @@ def row(
         time_to_first_token_s=float(np.mean([s.time_to_first_token_s or 0.0 for s in mine])),
         f_ideal=float((steps * a).sum() / latency.sum()),
         f_miss=float(best.sum() / latency.sum()),
-        gamma=sum(s.matched for s in mine) / checked if checked else None,
+        gamma=sum(s.matched + s.certified for s in mine) / guessed if guessed else None,
         cache_hits=sum(s.matched - s.matched_by_drafter for s in mine),
         drafter_hits=sum(s.matched_by_drafter for s in mine),
+        certified=sum(s.certified for s in mine),
         saved=sum(s.saved for s in mine),
         rollbacks=sum(s.rollbacks for s in mine),
         kb_calls=sum(s.kb_calls for s in mine),

@@ -39,7 +39,7 @@ def published(prefetch: int = 20) -> dict[str, Arrangement]:
 def beyond(prefetch: int = 256) -> dict[str, Speculation]:
     """What goes beyond the paper: all of it together, what chooses by itself, each part added to +PSA, all but each.
 
-    T: token check, D: drafter, W: wide prefetch, N: decoding never waits.
+    T: token check, D: drafter, W: wide prefetch, N: decoding never waits, C: certified skip.
     """
     psa = Asynchronous(asks_drafter=False)
     every = Continuous(prefetch=prefetch)
@@ -49,11 +49,13 @@ def beyond(prefetch: int = 256) -> dict[str, Speculation]:
         "+PSA+T": replace(psa, token_check=True),
         "+PSA+D": replace(psa, asks_drafter=True),
         "+PSA+W": replace(psa, prefetch=prefetch),
-        "+PSA+N": Continuous(token_check=False, asks_drafter=False),
+        "+PSA+N": Continuous(token_check=False, asks_drafter=False, certified_skip=False),
+        "+PSA+C": replace(psa, certified_skip=True),
         "continuous-T": replace(every, token_check=False),
         "continuous-D": replace(every, asks_drafter=False),
         "continuous-W": replace(every, prefetch=psa.prefetch),
-        "continuous-N": Asynchronous(prefetch=prefetch, token_check=True),
+        "continuous-N": Asynchronous(prefetch=prefetch, token_check=True, certified_skip=True),
+        "continuous-C": replace(every, certified_skip=False),
     }
 
 

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
-from ralmspec.retrievers.base import Ranking
+from ralmspec.retrievers.base import Bounding, Ranking
 from ralmspec.retrievers.ranking import rank
 
 from .locality import Path, Walker
-from .locality_drafts import DraftIndex, build, lengths_of
+from .locality_drafts import DraftIndex, build
 from .locality_guesses import Cached, Drafts, certified, drift, in_strides, right, same_document
 
 WIDE = 1024
@@ -46,12 +46,10 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instruments:
-    """What is the same for all questions: the walker, and where the retriever is dense its vectors' lengths and the
-    draft indexes over them. `exact`: whether certificates hold."""
+    """What is the same for all questions: the walker, and where the retriever is dense draft indexes over its
+    vectors."""
 
     walker: Walker
-    lengths: tuple[float, float] | None = None
-    exact: bool = False
     drafts: Sequence[DraftIndex] = ()
 
     def measure(self, question_set: str, question: str) -> Counts:
@@ -63,7 +61,7 @@ class Instruments:
             self._guesses(counts, path)
         finally:
             self.walker.forget_drafts()
-        if self.lengths:
+        if path.steps[0].query.vector is not None:
             counts.add("queries", "cosine of consecutive queries", drift(path))
         return counts
 
@@ -84,8 +82,8 @@ class Instruments:
             self._drafted(counts, path, draft, made[20])
         for prefetch in DRAFTED:
             _surviving(counts, drafts, prefetch, made[prefetch])
-        if self.exact and self.lengths:
-            certain = certified(path, retriever, CERTIFICATES, self.lengths)
+        if isinstance(retriever, Bounding):
+            certain = certified(path, retriever, CERTIFICATES)
             for width in CERTIFICATES:
                 counts.add("certificates", f"K = {width}", [width in sure for sure in certain])
 
@@ -149,8 +147,7 @@ def instruments(walker: Walker, kinds: Sequence[str]) -> Instruments:
     if walker.ask(walker.workload.prompt("a question")[0]).vector is None:
         return Instruments(walker=walker)
     drafts = [build(kind, engine.index, threads=threads) for kind in kinds]
-    exact = engine.options.retriever == "exact"
-    return Instruments(walker=walker, lengths=lengths_of(engine.index), exact=exact, drafts=drafts)
+    return Instruments(walker=walker, drafts=drafts)
 
 
 def in_turns(questions: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -42,12 +42,6 @@ def vectors_of(retriever: Retriever) -> Iterator[NDArray[np.float32]]:
         yield retriever.rows(np.arange(start, min(start + _BLOCK, len(retriever)), dtype=np.int64))
 
 
-def lengths_of(retriever: Retriever) -> tuple[float, float]:
-    """The least and the largest length of a vector."""
-    lengths = [np.linalg.norm(block.astype(np.float64), axis=1) for block in vectors_of(retriever)]
-    return min(float(part.min()) for part in lengths), max(float(part.max()) for part in lengths)
-
-
 def build(kind: str, retriever: Retriever, *, threads: int = 1) -> DraftIndex:
     """One of `KINDS` over the retriever's vectors; blocking, a minute or two for 100,000 in a graph.
 

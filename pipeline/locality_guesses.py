@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ralmspec.retrievers.base import Ids, Query, Ranking, Retriever
+from ralmspec.retrievers.base import Bounding, Ids, Query, Ranking, Retriever
 from ralmspec.retrievers.cache import SessionCache
 
 from .locality import Path, PathStep, Walker
@@ -117,37 +117,24 @@ def _best(cache: SessionCache, query: Query) -> Ranking:
     return guess
 
 
-def certified(path: Path, retriever: Retriever, widths: Sequence[int], lengths: tuple[float, float]) -> list[list[int]]:
+def certified(path: Path, retriever: Bounding, widths: Sequence[int]) -> list[list[int]]:
     """For every step but the first, the widths at which no search was needed to be sure of its document.
 
-    A document x that a search for q with so many results did not bring has an inner product with q of at most the last
-    one's, s: with |q| = 1 the angle between them is at least arccos(s / |x|). For the next query q' that angle is
-    smaller by the angle of q and q' at most, so q'·x is bounded; where the best result of the search for q lies above
-    that bound for q', it is the first document. Tried for each of the last four queries. `lengths` are the least and
-    the largest |x|. Only for an exact index whose scores are inner products.
+    That is so if, of what an earlier search with so many results found, something scores more for the step's query
+    than anything can that the search left out. Tried for each of the last four searches.
     """
-    queries = [_unit(step.query) for step in path.steps]
-    rows = [retriever.rows(step.wide.ids).astype(np.float64) for step in path.steps]
-    short, long = lengths
     certain: list[list[int]] = []
-    for number in range(1, len(path.steps)):
+    for number, step in enumerate(path.steps[1:], start=1):
         sure = set[int]()
-        for anchor in range(max(0, number - 4), number):
-            turned = np.arccos(np.clip(queries[number] @ queries[anchor], -1, 1))
-            known, asked = rows[anchor] @ queries[anchor], np.maximum.accumulate(rows[anchor] @ queries[number])
+        for earlier in path.steps[max(0, number - 4) : number]:
+            asked = retriever.score(step.query, retriever.rows(earlier.wide.ids))
             for width in widths:
-                if width <= len(known):
-                    last = known[:width].min()
-                    nearest = np.arccos(np.clip(last / (short if last > 0 else long), -1, 1))
-                    cosine = np.cos(max(0.0, nearest - turned))
-                    if asked[width - 1] > cosine * (long if cosine > 0 else short) + _SLACK:
+                if width <= len(asked):
+                    bound = retriever.bound(step.query, earlier.query, earlier.wide.top(width))
+                    if float(asked[:width].max()) > bound:
                         sure.add(width)
         certain.append(sorted(sure))
     return certain
-
-
-_SLACK = 1e-5
-"""More than float32 scores of vectors of about length 1 can be off."""
 
 
 def _unit(query: Query) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

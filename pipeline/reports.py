@@ -28,11 +28,13 @@ class Row(BaseModel):
     f_miss: float
     """T* / T: what waiting only for the first retrieval and real misses would leave of the time."""
     gamma: float | None
-    """Share of judged guesses that were right; None where nothing was guessed."""
+    """Share of guesses, judged or proven, that were right; None where nothing was guessed."""
     cache_hits: int
     """Right guesses of the sessions' caches."""
     drafter_hits: int
     """Right guesses of the drafter, where the cache alone had no or another document."""
+    certified: int
+    """Steps whose guess was proven by what earlier searches had left out, and not checked."""
     saved: int
     """Steps written under other documents than the true ones, whose tokens stood all the same."""
     rollbacks: int

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,4 +105,17 @@ class Retriever(Protocol):
 
     def document(self, id: int) -> Document:
         """The document itself; raises `BadKnowledge` where it cannot be read."""
+        ...
+
+
+@runtime_checkable
+class Bounding(Protocol):
+    """What an exact retriever may offer besides: a bound on what a search left out, so that others can be spared."""
+
+    def bound(self, query: Query, past: Query, found: Ranking) -> float:
+        """The most that a document can score for `query` which a search for `past` left out, when it brought `found`.
+
+        Both encoded. Never less than the highest of those scores, as `score` computes them; infinity where nothing is
+        known, minus infinity where nothing was left out. Fast: called for several searches at every look-up.
+        """
         ...

@@ -1,15 +1,17 @@
 """The documents that a session has met, ranked for a guess as the index would rank them."""
 
 import threading
+from collections import deque
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Ids, Query, Ranking, Retriever
+from .base import Bounding, Ids, Query, Ranking, Retriever
 from .ranking import rank
 
 _Places = NDArray[np.intp]
+_REMEMBERED = 8  # searches; queries drift, so older ones would hardly ever prove anything
 
 
 class SessionCache:
@@ -38,6 +40,8 @@ class SessionCache:
         # One used since has another time now, and everything that is not listed was used later than these.
         self._idle: _Places = np.empty(0, dtype=np.intp)
         self._idle_since: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._bounding = retriever if isinstance(retriever, Bounding) else None
+        self._searches: deque[tuple[Query, Ranking]] = deque(maxlen=_REMEMBERED)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -72,12 +76,39 @@ class SessionCache:
     def best(self, query: Query, n: int = 1) -> Ranking | None:
         """The n best documents here for an encoded query, which count as used; None while the cache is empty."""
         with self._lock:
-            if self._rows is None:
-                return None
-            size = len(self)
-            ranking = rank(self._ids[:size], self._retriever.score(query, self._rows[:size]), n)
-            self._used[self._slots(ranking.ids)] = self._tick(len(ranking.ids))
-            return ranking
+            return self._best(query, n)
+
+    def searched(self, query: Query, found: Ranking) -> None:
+        """The index was asked this, and found that: of what it left out, `certified` knows a bound from now on."""
+        with self._lock:
+            self._searches.append((query, found))
+
+    def certified(self, query: Query, n: int = 1) -> tuple[Ranking | None, bool]:
+        """`best`, and whether the index is certain to find just these, so that it need not be asked.
+
+        They are, if all that one earlier search found is here, and whatever it left out scores less than the last of
+        them by the retriever's own bound (`Bounding`). In one go, since what is here may change between two calls.
+        """
+        with self._lock:
+            ranking = self._best(query, n)
+            return ranking, ranking is not None and len(ranking.ids) == n and self._is_certain(query, ranking)
+
+    def _best(self, query: Query, n: int) -> Ranking | None:
+        if self._rows is None:
+            return None
+        size = len(self)
+        ranking = rank(self._ids[:size], self._retriever.score(query, self._rows[:size]), n)
+        self._used[self._slots(ranking.ids)] = self._tick(len(ranking.ids))
+        return ranking
+
+    def _is_certain(self, query: Query, ranking: Ranking) -> bool:
+        if self._bounding is None:
+            return False
+        last = float(ranking.scores[-1])
+        return any(
+            last > self._bounding.bound(query, past, found) and (self._slots(found.ids) >= 0).all()
+            for past, found in reversed(self._searches)
+        )
 
     def _slots(self, ids: Ids) -> _Places:
         """Where these documents lie; -1 for those that are not here."""

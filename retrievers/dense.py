@@ -1,5 +1,6 @@
 """Exact dense retrieval: every vector is compared with the query."""
 
+import math
 from collections.abc import Sequence
 from typing import get_args
 
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from .base import Document, Query, Ranking, Vector
 from .codes import Codes
+from .drift import product_bound
 from .encoder import QueryEncoder
 from .flat import Flat
 from .kernel import OneKernel, Source
@@ -89,6 +91,15 @@ class ExactDense(OneKernel):
                         rankings[row] = ranking
         both = zip(vectors, rankings, strict=True)
         return [self._scan(vector, k) if ranking is None else ranking for vector, ranking in both]
+
+    def bound(self, query: Query, past: Query, found: Ranking) -> float:
+        """As `Bounding.bound`; of squared distances nothing is said. A thousandth is what `longest` may be off by."""
+        if len(found.ids) == len(self._vectors):
+            return -math.inf
+        if self._vectors.metric != "inner product":
+            return math.inf
+        floor, longest = float(found.scores[-1]), 1.001 * self._vectors.longest
+        return product_bound(self._vector(query), self._vector(past), floor, longest)
 
     def _among(self, proposer: Proposer, fetch: int, vectors: NDArray[np.float32], k: int) -> list[Ranking | None]:
         """The k best for each query vector, found among `fetch` candidates; None where one may have been missed."""

@@ -1,5 +1,6 @@
 """A retriever that answers in a set time, as if its index had resources of its own."""
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from .base import Document, Ids, Query, Ranking, Retriever, Scores
+from .base import Bounding, Document, Ids, Query, Ranking, Retriever, Scores
 
 
 class SetLatency:
@@ -64,6 +65,10 @@ class SetLatency:
     def score(self, query: Query, rows: NDArray[Any]) -> Scores:
         """As the inner retriever does it."""
         return self._retriever.score(query, rows)
+
+    def bound(self, query: Query, past: Query, found: Ranking) -> float:
+        """As the inner retriever does it, if it does."""
+        return self._retriever.bound(query, past, found) if isinstance(self._retriever, Bounding) else math.inf
 
     def document(self, id: int) -> Document:
         """As the inner retriever does it."""

@@ -1,13 +1,14 @@
 """A retriever that tries again, for knowledge bases that fail now and then."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
-from .base import Document, Ids, Query, Ranking, Retriever, Scores
+from .base import Bounding, Document, Ids, Query, Ranking, Retriever, Scores
 from .errors import BadKnowledge, MissingExtra, RetrieverFailed
 
 LOG = logging.getLogger("ralmspec")
@@ -68,6 +69,10 @@ class Retrying:
     def score(self, query: Query, rows: NDArray[Any]) -> Scores:
         """As the inner retriever does it."""
         return self._retriever.score(query, rows)
+
+    def bound(self, query: Query, past: Query, found: Ranking) -> float:
+        """As the inner retriever does it, if it does."""
+        return self._retriever.bound(query, past, found) if isinstance(self._retriever, Bounding) else math.inf
 
     def document(self, id: int) -> Document:
         """As the inner retriever does it."""

@@ -57,6 +57,11 @@ class Arrangement(Protocol):
         those: what it would have written too stands, and if that is all, everything drafted after it does."""
         ...
 
+    @property
+    def certified_skip(self) -> bool:
+        """Whether a step goes without a check where what earlier searches left out proves that its guess is right."""
+        ...
+
     def stride(self) -> Stride:
         """The stride scheduler for a new session."""
         ...

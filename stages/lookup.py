@@ -1,11 +1,13 @@
 """Lookup: forms the next query of a session, has it encoded once, and guesses its documents.
 
 Guesses come from the session's cache, and from a drafter, if there is one: another, faster index over the same
-documents. The knowledge base's own scores decide between the two.
+documents. The knowledge base's own scores decide between the two. Where what earlier searches left out proves the
+cache's guess, the step needs no check.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVarTuple
 
 import numpy as np
 
@@ -21,24 +23,29 @@ from .stage import Worker
 from .step import Move
 from .workload import BoundWorkload
 
+Given = TypeVarTuple("Given")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Question:
-    """A query, and the cache to guess its documents from, if there is one; whether the drafter is to be asked too."""
+    """A query, and the cache to guess its documents from, if there is one; whether the drafter is to be asked too, and
+    whether the guess may be proven."""
 
     query: Query
     cache: SessionCache | None
     drafter: bool
+    certified: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Looked:
     """The query, encoded, and the guess, if there was anything to guess from; whether its first document is one that
-    the cache did not have."""
+    the cache did not have, and whether it is proven to be what the knowledge base would find."""
 
     query: Query
     guess: Ranking | None
     from_drafter: bool = False
+    certified: bool = False
 
 
 class Lookup(CycleStage[Question, Looked]):
@@ -63,8 +70,12 @@ class Lookup(CycleStage[Question, Looked]):
         """The next step's query, as text or as a vector."""
         if session.move is not Move.LOOK:
             return None
+        arrangement = session.arrangement
         return Question(
-            session.question(), session.cache, self._drafter is not None and session.arrangement.asks_drafter
+            session.question(),
+            session.cache,
+            drafter=self._drafter is not None and arrangement.asks_drafter,
+            certified=arrangement.certified_skip,
         )
 
     def at_once(self, work: Question) -> Looked | None:
@@ -73,7 +84,7 @@ class Lookup(CycleStage[Question, Looked]):
         return Looked(work.query, None) if nothing_to_do else None
 
     def work(self, batch: list[Question]) -> list[Looked | Exception]:
-        """Encode, then guess."""
+        """Encode, then guess; the drafter is asked where the cache's guess is not proven already."""
         bare = [question.query for question in batch if question.query.vector is None]
         try:
             encoded = iter(self._retriever.encode(bare) if bare else ())
@@ -82,11 +93,16 @@ class Lookup(CycleStage[Question, Looked]):
             raise
         except Exception as error:
             raise RetrieverFailed(f"encoding a query raised {type(error).__name__}: {error}") from error
-        drafts = iter(self._draft([query for query, asked in zip(queries, batch, strict=True) if asked.drafter]))
-        return [
-            self._guess(query, question.cache, next(drafts) if question.drafter else None)
-            for query, question in zip(queries, batch, strict=True)
-        ]
+        looked = [self._guarded(self._guess, *one) for one in zip(queries, batch, strict=True)]
+        unproven = {
+            place: made
+            for place, (made, question) in enumerate(zip(looked, batch, strict=True))
+            if question.drafter and isinstance(made, Looked) and not made.certified
+        }
+        drafts = self._draft([made.query for made in unproven.values()])
+        for (place, made), draft in zip(unproven.items(), drafts, strict=True):
+            looked[place] = self._guarded(self._better, made, draft)
+        return looked
 
     def _draft(self, queries: list[Query]) -> list[Ranking]:
         """What the drafter finds, one ranking a query."""
@@ -102,15 +118,28 @@ class Lookup(CycleStage[Question, Looked]):
             raise RetrieverFailed(f"the drafter's search raised {type(error).__name__}: {error}") from error
         return rankings
 
-    def _guess(self, query: Query, cache: SessionCache | None, draft: Ranking | None) -> Looked | Exception:
-        top_k = self._workload.top_k
+    def _guess(self, query: Query, question: Question) -> Looked:
+        """What the cache says."""
+        if question.cache is None:
+            return Looked(query, None)
+        if not question.certified:
+            return Looked(query, question.cache.best(query, self._workload.top_k))
+        guess, certified = question.cache.certified(query, self._workload.top_k)
+        return Looked(query, guess, certified=certified)
+
+    def _better(self, looked: Looked, draft: Ranking) -> Looked:
+        """The better of what cache and drafter say."""
+        query, guess = looked.query, looked.guess
+        if not len(draft.ids):
+            return looked
+        ids = draft.ids if guess is None else np.union1d(guess.ids, draft.ids)
+        best = rank(ids, self._retriever.score(query, self._retriever.rows(ids)), self._workload.top_k)
+        return Looked(query, best, from_drafter=guess is None or best.ids[0] != guess.ids[0])
+
+    def _guarded(self, guess: Callable[[*Given], Looked], *given: *Given) -> Looked | Exception:
+        """A guess, or the fault of this one session."""
         try:
-            guess = cache.best(query, top_k) if cache is not None else None
-            if draft is None or not len(draft.ids):
-                return Looked(query, guess)
-            ids = draft.ids if guess is None else np.union1d(guess.ids, draft.ids)
-            best = rank(ids, self._retriever.score(query, self._retriever.rows(ids)), top_k)
-            return Looked(query, best, from_drafter=guess is None or best.ids[0] != guess.ids[0])
+            return guess(*given)
         except RetrieverFailed as error:
             return error
         except Exception as error:
@@ -119,6 +148,11 @@ class Lookup(CycleStage[Question, Looked]):
     def give(self, session: Session, work: Question, result: Looked, turn: Turn, start: float) -> None:
         """A step begins, under the best guess if there is one."""
         session.looked(
-            turn.epoch, result.query, result.guess, self._now() - turn.issued, from_drafter=result.from_drafter
+            turn.epoch,
+            result.query,
+            result.guess,
+            self._now() - turn.issued,
+            from_drafter=result.from_drafter,
+            certified=result.certified,
         )
         session.span("lookup", start, epoch=turn.epoch)

@@ -175,10 +175,17 @@ class Session:
         return self.workload.query(self.transcript.context, self.transcript.frontier)
 
     def looked(
-        self, epoch: int, query: Query, guess: Ranking | None, seconds: float, *, from_drafter: bool = False
+        self,
+        epoch: int,
+        query: Query,
+        guess: Ranking | None,
+        seconds: float,
+        *,
+        from_drafter: bool = False,
+        certified: bool = False,
     ) -> None:
-        """A step begins: under the best guess if there is one, and with its check queued. `from_drafter` tells a guess
-        of the drafter from one of the cache."""
+        """A step begins: under the best guess if there is one, and with its check queued, unless it is `certified` that
+        the knowledge base would find the same. `from_drafter` tells a guess of the drafter from one of the cache."""
         self.statistics.busy_s += seconds
         if self.is_stale(epoch):
             return
@@ -187,10 +194,14 @@ class Session:
             start=self.transcript.position,
             retrieved=guess,
             from_drafter=from_drafter,
+            certified=certified,
             frontier=self.transcript.frontier,
             busy_s=seconds,
         )
         self.transcript.begin(step)
+        if certified:
+            self._settle()
+            return
         check = Check(
             session=self.id,
             epoch=self.epoch,
@@ -295,11 +306,17 @@ class Session:
     # What verdicts lead to -----------------------------------------------------------------------------------------
 
     def _settle(self) -> list[Verdict]:
-        """Apply, in step order, the verdicts that are here, up to a step that they put in doubt."""
+        """Apply, in step order, the verdicts that are here, up to a step that they put in doubt. A step that needs none
+        is certain when its turn comes: until then, the context for which it was certified may still be taken back."""
         applied = []
-        while verdict := self._next_verdict():
+        while step := self.transcript.unsettled:
+            if step.certified:
+                step.certain = True
+                self.statistics.certified += 1
+                continue
+            if (verdict := self._next_verdict(step)) is None:
+                break
             applied.append(verdict)
-            step = self.transcript.step(verdict.step)
             truth = verdict.truth.top(self.workload.top_k)
             guessed, step.certain = step.retrieved is not None, True
             self.statistics.checked += guessed
@@ -313,11 +330,10 @@ class Session:
             step.retrieved = truth
         return applied
 
-    def _next_verdict(self) -> Verdict | None:
-        """The verdict of the oldest step that is not settled, if it is here. One in doubt has had its own, so those of
-        later steps wait."""
-        step = self.transcript.unsettled
-        return self.checks.verdicts.pop(step.index, None) if step else None
+    def _next_verdict(self, unsettled: Step) -> Verdict | None:
+        """That of the oldest step that is not settled, if it is here. One in doubt has had its own, so those of later
+        steps wait."""
+        return self.checks.verdicts.pop(unsettled.index, None)
 
     def _can_be_doubted(self, step: Step) -> bool:
         """Whether other documents may still have led to the same tokens. Where queries need the frontier, the verdict

@@ -24,6 +24,8 @@ class Statistics:
     """Those of them that named the true documents, or, where the verdict compares tokens, led to the true one."""
     matched_by_drafter: int = 0
     """Those of them whose first document the drafter named, and the cache did not have; the others are cache hits."""
+    certified: int = 0
+    """Steps whose guess was proven by what earlier searches had left out, so that it was not checked."""
     saved: int = 0
     """Steps written under other documents than the true ones, whose tokens stood all the same (`token_check`)."""
     rollbacks: int = 0
@@ -44,5 +46,6 @@ class Statistics:
 
     @property
     def gamma(self) -> float | None:
-        """Share of judged guesses that were right (the paper's γ, measured); None before the first."""
-        return self.matched / self.checked if self.checked else None
+        """Share of guesses, judged or proven, that were right (the paper's γ, measured); None before the first."""
+        known = self.checked + self.certified
+        return (self.matched + self.certified) / known if known else None

@@ -55,10 +55,6 @@ class Transcript:
         """Whether the output is complete and all of it committed."""
         return self.ended and not self.steps
 
-    def step(self, index: int) -> Step:
-        """The uncommitted step of that index."""
-        return self.steps[index - self.steps[0].index]
-
     def before(self, step: Step) -> list[int]:
         """The context that `step` was begun with."""
         return self.context[: self._prompt + step.start]

@@ -99,6 +99,7 @@ class Verify(CycleStage[Batch, list[Verdict]]):
             raise
         except Exception as error:
             raise RetrieverFailed(f"reading rows raised {type(error).__name__}: {error}") from error
+        cache.searched(check.query, truth)
         return cache.missing(self._workload.around(truth.ids))
 
     def give(self, session: Session, work: Batch, result: list[Verdict], turn: Turn, start: float) -> None:

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import anyio
-from fake_datastore import Approximate, Neighbours, knn_world
+from fake_datastore import Approximate, Bounded, Neighbours, knn_world
 from fakes import FakeModel, FakeRetriever, Scattered
 from oracle import sequential, sequential_knn
 
@@ -42,7 +42,11 @@ RETRIEVERS: dict[str, Callable[[int], FakeRetriever]] = {
     "all tie": lambda seed: FakeRetriever(documents=9, seed=seed, spread=1),
     "duplicates": lambda seed: FakeRetriever(documents=64, dimension=2, seed=seed, spread=2),
 }
-NEIGHBOURS: dict[str, type[Neighbours]] = {"nearest entries": Neighbours, "some near entries": Approximate}
+NEIGHBOURS: dict[str, type[Neighbours]] = {
+    "nearest entries": Neighbours,
+    "nearest entries, bounded": Bounded,
+    "some near entries": Approximate,
+}
 WORLDS = (*RETRIEVERS, *NEIGHBOURS)
 LENGTHS = (6, 9, 14)
 """New tokens that clients ask for."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from fakes import VOCABULARY, FakeModel, FakeRetriever, draw
+from fakes import VOCABULARY, Certifying, FakeModel, FakeRetriever, draw
 
 from ralmspec.pipeline import KnnLM
 from ralmspec.retrievers.base import Document, Query, Ranking, Scores
@@ -68,6 +68,10 @@ class Neighbours(FakeRetriever):
 
     def document(self, id: int) -> Document:
         return Document(id, f"entry {id:,}", "")
+
+
+class Bounded(Certifying, Neighbours):
+    """Also knows how near an entry can be that a search left out."""
 
 
 class Approximate(Neighbours):

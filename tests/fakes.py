@@ -126,6 +126,14 @@ class FakeRetriever:
         return Document(id, f"document {id}", f"{id % VOCABULARY} {id // VOCABULARY} 7")
 
 
+class Certifying(FakeRetriever):
+    """Knows what a search has left out, and how high that scores for another query: no bound could be closer."""
+
+    def bound(self, query: Query, past: Query, found: Ranking) -> float:
+        left = np.setdiff1d(np.arange(len(self)), found.ids)
+        return float(self.score(query, self.vectors[left]).max(initial=-np.inf))
+
+
 class AlwaysMisses(FakeRetriever):
     """Every query has a document of its own that no earlier query had, as long as they last."""
 

@@ -13,6 +13,7 @@ from weakref import WeakSet
 import clocks
 import pytest
 import simulation
+import test_certified
 import test_checks
 import test_crowding
 import test_rules as cycle_rules
@@ -35,7 +36,7 @@ from ralmspec.stages.cycle import CycleStage
 from ralmspec.stages.generate import Generate
 from ralmspec.stages.in_context import BoundInContext
 from ralmspec.stages.load import Load
-from ralmspec.stages.lookup import Lookup
+from ralmspec.stages.lookup import Looked, Lookup
 from ralmspec.stages.messages import Check, Done, Place, Verdict
 from ralmspec.stages.prefetch import Prefetch
 from ralmspec.stages.reader import Reader
@@ -43,6 +44,7 @@ from ralmspec.stages.request import Status
 from ralmspec.stages.session import Session
 from ralmspec.stages.sink import Sink
 from ralmspec.stages.stage import take
+from ralmspec.stages.step import Step
 from ralmspec.stages.switch import Switch
 from ralmspec.stages.verify import Verify
 
@@ -177,7 +179,7 @@ def keeps_early_verdicts(self: Checks) -> None:
     self.queued.clear()
 
 
-def whichever_comes(self: Session) -> Verdict | None:
+def whichever_comes(self: Session, unsettled: Step) -> Verdict | None:
     return self.checks.verdicts.popitem()[1] if self.checks.verdicts else None
 
 
@@ -339,6 +341,17 @@ def commits_unverified(commit: Any, self: Session) -> None:
     commit(self)
 
 
+def is_certain_at_once(looked: Any, self: Session, *arguments: Any, **named: Any) -> None:
+    looked(self, *arguments, **named)
+    if self.transcript.steps and self.transcript.steps[-1].certified:
+        self.transcript.steps[-1].certain = True
+
+
+def certifies_every_guess(guess: Any, self: Lookup, query: Any, question: Any) -> Looked:
+    made = guess(self, query, question)
+    return replace(made, certified=made.guess is not None)
+
+
 def is_never_stuck(outlook: Any, self: Session) -> Any:
     seen = outlook(self)
     return replace(seen, stuck=False) if self.load.crowded else seen
@@ -498,5 +511,9 @@ MUTANTS = [
            partial(T.test_r12_draining_waits_for_a_hung_call_until_the_deadline_only, "model")),
     Mutant("promise 1", "drafts are committed unverified", around(Session, "_commit", commits_unverified), schedules),
     Mutant("promise 1", "an end in a draft is final", around(Session, "decoded", ends_with_a_draft), schedules),
+    Mutant("promise 1", "every guess is certified", around(Lookup, "_guess", certifies_every_guess), schedules),
+    Mutant("promise 1", "what is certified is certain before its context is",
+           around(Session, "looked", is_certain_at_once),
+           test_certified.test_a_proof_holds_for_its_context_only),
     Mutant("promise 1", "every guess is right", instead(BoundInContext, "agree", lambda *arguments: True), schedules),
 ]  # fmt: skip

@@ -52,6 +52,7 @@ class Eager:
     flights: int = 1
     prefetch: int = 4
     token_check: bool = False
+    certified_skip: bool = True
     asks_drafter: bool = True
     guesses = True
 

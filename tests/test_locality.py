@@ -13,9 +13,9 @@ from paths import PROMPTS, TOKENS, walker
 
 from ralmspec.pipeline import InContext, Pipeline, Synchronous
 from ralmspec.pipeline.locality import Path
-from ralmspec.pipeline.locality_drafts import lengths_of
 from ralmspec.pipeline.locality_guesses import Cached, Drafts, certified, in_strides, right
 from ralmspec.retrievers.base import Query, Ranking
+from ralmspec.retrievers.drift import product_bound
 
 
 @pytest.fixture
@@ -109,8 +109,20 @@ def test_a_wrong_guess_survives_as_far_as_its_tokens_are_right() -> None:
     assert {0, 1, 4} <= seen, "some survive, some do not"
 
 
-class Turning(FakeRetriever):
+class Bounded(FakeRetriever):
+    """Bounds what a search left out as the real exact index does."""
+
+    longest = 1.0
+
+    def bound(self, query: Query, past: Query, found: Ranking) -> float:
+        assert query.vector is not None and past.vector is not None
+        return product_bound(query.vector, past.vector, float(found.scores[-1]), self.longest)
+
+
+class Turning(Bounded):
     """Vectors of about length 1 in bundles, and queries that turn slowly: most answers can be proved."""
+
+    longest = 1.01
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +148,7 @@ class Turning(FakeRetriever):
 def test_what_is_certified_is_true(turn: float) -> None:
     world = Turning()
     path = world.walk(turn)
-    sure = certified(path, world, (5, 20, 200), lengths_of(world))
+    sure = certified(path, world, (5, 20, 200))
     for number, widths in enumerate(sure, start=1):
         for width in widths:
             held = np.unique(
@@ -153,7 +165,7 @@ def test_what_is_certified_is_true(turn: float) -> None:
 def test_the_bound_of_a_certificate_is_no_looser_than_it_must_be() -> None:
     """Three vectors in a plane, of which a search brings two."""
 
-    class Plane(FakeRetriever):
+    class Plane(Bounded):
         def __init__(self, degrees: float) -> None:
             super().__init__()
             angles = np.radians([0.0, 40.0, 40.0 + degrees])
@@ -171,12 +183,12 @@ def test_the_bound_of_a_certificate_is_no_looser_than_it_must_be() -> None:
 
     world = Plane(5)
     # Unseen is 40 degrees or more from the first query, so 20.5 or more from the second, whose best is at 19.5.
-    assert certified(walk(0.0, 19.5), world, (1, 2), (1.0, 1.0)) == [[2]]
-    assert certified(walk(0.0, 20.5), world, (1, 2), (1.0, 1.0)) == [[]]
-    # With vectors between 1 and 1.1 long, cos(40) may be that of a longer one, farther away, or of a shorter, nearer.
-    assert certified(walk(0.0, 19.5), world, (1, 2), (1.0, 1.1)) == [[]]
-    assert certified(walk(0.0, 10.0), world, (1, 2), (1.0, 1.1)) == [[2]]
-    assert certified(walk(0.0, 10.0), world, (1, 2), (0.8, 1.0)) == [[]]
+    assert certified(walk(0.0, 19.5), world, (1, 2)) == [[2]]
+    assert certified(walk(0.0, 20.5), world, (1, 2)) == [[]]
     # Only the last four queries are tried.
-    assert certified(walk(0.0, 90.0, 90.0, 90.0, 0.0), world, (2,), (1.0, 1.0))[-1] == [2]
-    assert certified(walk(0.0, 90.0, 90.0, 90.0, 90.0, 0.0), world, (2,), (1.0, 1.0))[-1] == []
+    assert certified(walk(0.0, 90.0, 90.0, 90.0, 0.0), world, (2,))[-1] == [2]
+    assert certified(walk(0.0, 90.0, 90.0, 90.0, 90.0, 0.0), world, (2,))[-1] == []
+    # A vector that is longer may score as little before, and more now.
+    world.longest = 1.1
+    assert certified(walk(0.0, 19.5), world, (1, 2)) == [[]]
+    assert certified(walk(0.0, 10.0), world, (1, 2)) == [[2]]

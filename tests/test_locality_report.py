@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fakes import FakeModel, FakeRetriever
+from fakes import Certifying, FakeModel, FakeRetriever
 from paths import PROMPTS, walker
 from typer.testing import CliRunner
 
 from ralmspec.pipeline import cli, locality_counts
 from ralmspec.pipeline.locality_counts import Counts, Instruments, in_turns
-from ralmspec.pipeline.locality_drafts import KINDS, DraftIndex, build, lengths_of
+from ralmspec.pipeline.locality_drafts import KINDS, DraftIndex, build
 from ralmspec.pipeline.locality_report import figures, markdown
 
 DEMO = File(__file__).parent.parent / "examples" / "demo"
@@ -39,12 +39,12 @@ def test_an_unknown_draft_index_is_refused_by_name() -> None:
 
 def test_one_question_gives_every_figure() -> None:
     pytest.importorskip("faiss", reason="needs ralmspec[local]")
-    world = FakeRetriever(documents=1000, dimension=16, seed=2, spread=5)
+    world = Certifying(documents=1000, dimension=16, seed=2, spread=5)
     walks = walker(2, world, wide=locality_counts.WIDE)
     index = walks.engine.index
     junk = DraftIndex("junk", SimpleNamespace(search=lambda vectors, n: (None, np.arange(n)[np.newaxis])))
     drafts = [build("int8", index), junk]
-    tools = Instruments(walker=walks, lengths=lengths_of(index), exact=True, drafts=drafts)
+    tools = Instruments(walker=walks, drafts=drafts)
     counts = tools.measure("demo", PROMPTS[1])
     rates = {name: total / number for (group, name), (total, number) in counts.sums.items() if number}
     assert counts.sums["guesses", "cache 20"][1] == 9, "every step but the first"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from clocks import VirtualLoop
-from fakes import AlwaysMisses, FakeModel, FakeRetriever, fixed
+from fakes import AlwaysMisses, Certifying, FakeModel, FakeRetriever, fixed
 from oracle import sequential
 
 from ralmspec.pipeline import (
@@ -32,14 +32,17 @@ ARRANGEMENTS: dict[str, Speculation] = {
         for prefetch in (1, 20, 256)
     },
     "synchronous s=4 token check": Synchronous(speculation_stride=4, token_check=True),
+    "synchronous s=3 certified skip": Synchronous(speculation_stride=3, certified_skip=True),
     "asynchronous s=OS3 token check": Asynchronous(token_check=True),
     "continuous": Continuous(),
     "continuous, 3 flights, P=1": Continuous(flights=3, prefetch=1),
     "continuous, no token check": Continuous(token_check=False),
+    "continuous, no certified skip": Continuous(certified_skip=False),
     "adaptive": Adaptive(),
 }
 RETRIEVERS: dict[str, Any] = {
     "ordinary": lambda seed: FakeRetriever(documents=300, dimension=8, seed=seed, spread=5),
+    "knows a bound": lambda seed: Certifying(documents=60, dimension=8, seed=seed, spread=5),
     "always hits": lambda seed: FakeRetriever(documents=1, seed=seed),
     "always misses": lambda seed: AlwaysMisses(),
     "all tie": lambda seed: FakeRetriever(documents=9, seed=seed, spread=1),

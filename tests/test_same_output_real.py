@@ -17,7 +17,17 @@ pytest.importorskip("faiss", reason="needs ralmspec[local]")
 from oracle import sequential
 from tiny_models import tiny_model
 
-from ralmspec.pipeline import OS3, Arrangement, Asynchronous, InContext, Pipeline, Sampling, Sequential, Synchronous
+from ralmspec.pipeline import (
+    OS3,
+    Arrangement,
+    Asynchronous,
+    Continuous,
+    InContext,
+    Pipeline,
+    Sampling,
+    Sequential,
+    Synchronous,
+)
 from ralmspec.retrievers.base import Document
 from ralmspec.retrievers.corpus import Corpus
 from ralmspec.retrievers.dense import ExactDense
@@ -34,6 +44,8 @@ ARRANGEMENTS: list[Arrangement] = [
     Asynchronous(speculation_stride=1, prefetch=1),
     Asynchronous(speculation_stride=8, prefetch=256),
     Asynchronous(speculation_stride=OS3(), prefetch=20),
+    Synchronous(speculation_stride=2, prefetch=64, certified_skip=True),
+    Continuous(prefetch=256),
 ]
 
 
@@ -110,7 +122,10 @@ async def test_bundled_model_on_bundled_text() -> None:
     model, oracle = (kind.load(DEMO / "model", dtype="float64") for kind in (TransformersModel, Forgetful))
     question = QuestionFolder(DEMO).read("nq")[5].question
     expected = sequential(oracle, library, oracle.encode(question), max_new_tokens=26)
+    certified = 0
     for arrangement in ARRANGEMENTS:
         async with Pipeline(model=model, retriever=library, speculation=arrangement) as pipeline:
             answer = await pipeline.complete(question, max_new_tokens=26)
         assert (list(answer.tokens), [step.document.id for step in answer.steps]) == expected
+        certified += answer.statistics.certified
+    assert certified, "on real text, some guesses are proven"
