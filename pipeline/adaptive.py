@@ -95,8 +95,9 @@ class _Ledger:
         self._seconds[arrangement].append((statistics.latency_s - statistics.reader_s) / statistics.steps)
         self._steps = statistics.steps
         self._step_s = statistics.busy_s / statistics.steps
-        self._search_s = statistics.search_s / statistics.kb_calls
         self._shortest_s = statistics.shortest_search_s
+        # What is on its way when a stretch ends is counted as a call and not yet as time.
+        self._search_s = max(statistics.search_s / max(statistics.kb_calls, 1), self._shortest_s)
         # In a session without guesses, all that is neither work nor its reader's is waiting for a search.
         idle_s = statistics.latency_s - statistics.reader_s - statistics.busy_s
         self._waited_s = max(self._search_s, idle_s / statistics.steps)
@@ -117,7 +118,7 @@ class _Ledger:
         second = min((choice for choice in known if choice != best), key=self._median, default=best)
         close = self._median(second) < 1.25 * self._median(best)
         # The more is known of it, the less often it is tried again.
-        return second if close and self._rested(second, 4 * len(self._seconds[second])) else best
+        return second if close and self._rested(second, 8 * len(self._seconds[second])) else best
 
     def _median(self, choice: Arrangement) -> float:
         return median(self._seconds[choice])

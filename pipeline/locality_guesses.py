@@ -117,12 +117,14 @@ def _best(cache: SessionCache, query: Query) -> Ranking:
     return guess
 
 
-def certified(path: Path, retriever: Bounding, widths: Sequence[int]) -> list[list[int]]:
+def certified(path: Path, retriever: Retriever, widths: Sequence[int]) -> list[list[int]]:
     """For every step but the first, the widths at which no search was needed to be sure of its document.
 
     That is so if, of what an earlier search with so many results found, something scores more for the step's query
-    than anything can that the search left out. Tried for each of the last four searches.
+    than anything can that the search left out. Tried for each of the last four searches; the retriever must be
+    `Bounding`.
     """
+    assert isinstance(retriever, Bounding), "nothing is known of what a search left out"
     certain: list[list[int]] = []
     for number, step in enumerate(path.steps[1:], start=1):
         sure = set[int]()

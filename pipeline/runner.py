@@ -11,6 +11,7 @@ from anyio.streams.memory import MemoryObjectSendStream
 
 from ralmspec.retrievers.base import Drafter, Retriever
 from ralmspec.retrievers.cache import SessionCache
+from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.errors import InvariantBroken, WorkerLost
 from ralmspec.stages.generate import Generate
 from ralmspec.stages.load import Load
@@ -22,6 +23,7 @@ from ralmspec.stages.request import Request, Status
 from ralmspec.stages.session import Session
 from ralmspec.stages.sink import Sink
 from ralmspec.stages.stage import Stage, Worker
+from ralmspec.stages.statistics import Statistics
 from ralmspec.stages.switch import Switch
 from ralmspec.stages.verify import Verify
 from ralmspec.stages.workload import BoundWorkload
@@ -118,14 +120,19 @@ class Runner:
         return await self.admission.let_in(request, lambda: self._begin(request))
 
     def _begin(self, request: Request) -> Sink:
-        arrangement = self._chooser.choose(request)
+        def reconsider(arrangement: Arrangement, taken: Statistics) -> Arrangement:
+            self._chooser.learn(request, arrangement, taken)
+            return self._chooser.choose(request)
+
         session = Session(
             next(_SESSION_IDS),
             request,
             workload=self._workload,
-            arrangement=arrangement,
+            arrangement=self._chooser.choose(request),
+            reconsider=reconsider,
+            window=self._chooser.window,
             load=self._load,
-            cache=self._cache() if arrangement.guesses else None,
+            cache=SessionCache(self._retriever, self.limits.cached_documents),
             render=self._model.decode,
             emit=self.switch.emit,
             now=anyio.current_time,
@@ -133,9 +140,6 @@ class Runner:
         sink = self.switch.register(session)
         self._change()
         return sink
-
-    def _cache(self) -> SessionCache:
-        return SessionCache(self._retriever, self.limits.cached_documents)
 
     def _refuse_if_closed(self) -> None:
         if self.dead is not None:
@@ -156,8 +160,9 @@ class Runner:
     def _released(self, session: Session) -> None:
         """A slot is free: the session ended and everything of it is home (R6)."""
         self._model.forget(session.id)
-        if session.status is Status.DONE or isinstance(session.error, DeadlineExceeded):
-            self._chooser.learn(session.request, session.arrangement, session.statistics)
+        rest = session.stretches.rest(session.statistics)
+        if rest and (session.status is Status.DONE or isinstance(session.error, DeadlineExceeded)):
+            self._chooser.learn(session.request, session.arrangement, rest)
         self.admission.released(session)
         self._change()
 

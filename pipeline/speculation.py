@@ -1,4 +1,4 @@
-"""What a pipeline can be given: one arrangement for all its sessions, or what chooses one for each."""
+"""What a pipeline can be given: one arrangement for all its sessions, or what chooses among several."""
 
 from typing import Protocol, runtime_checkable
 
@@ -22,11 +22,12 @@ class Chooser(Protocol):
         ...
 
     def choose(self, request: Request) -> Arrangement:
-        """The arrangement of the session that begins now."""
+        """The arrangement for the next steps of a session that begins now, or has just gone a stretch."""
         ...
 
     def learn(self, request: Request, arrangement: Arrangement, statistics: Statistics) -> None:
-        """A session that was served so has come to its end, and well, or has missed its deadline."""
+        """What a stretch of a session's steps took that was served so: a session goes several (`Stretches`). The last
+        one counts if the session has ended well, or has missed its deadline."""
         ...
 
 

@@ -1,5 +1,7 @@
 """What a search tells of the scores for another query: how high a document can score that it left out."""
 
+import math
+
 import numpy as np
 
 from .base import Vector
@@ -31,5 +33,5 @@ def product_bound(query: Vector, past: Vector, floor: float, longest: float) -> 
     known = floor + 1.01 * product_error(len(asked), length, longest)
     most = min(known, length**2 * longest * share / size)
     along = min(longest, max(-longest, most / length))
-    across = float(np.linalg.norm(asked - share * before)) * ((longest - along) * (longest + along)) ** 0.5
+    across = float(np.linalg.norm(asked - share * before)) * math.sqrt((longest - along) * (longest + along))
     return share * along * length + across + error

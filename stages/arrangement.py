@@ -28,7 +28,7 @@ class Arrangement(Protocol):
 
     @property
     def guesses(self) -> bool:
-        """Whether a session has a cache, from which Lookup guesses documents."""
+        """Whether Lookup guesses documents from the session's cache, and Verify fills it."""
         ...
 
     @property

@@ -73,7 +73,7 @@ class Lookup(CycleStage[Question, Looked]):
         arrangement = session.arrangement
         return Question(
             session.question(),
-            session.cache,
+            session.cache if arrangement.guesses else None,
             drafter=self._drafter is not None and arrangement.asks_drafter,
             certified=arrangement.certified_skip,
         )

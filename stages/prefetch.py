@@ -28,7 +28,7 @@ class Prefetch(CycleStage[Wanted, int]):
     def take(self, session: Session, turn: Turn) -> Wanted | None:
         """Documents for the session's cache."""
         ids = session.take_wanted()
-        return (session.cache, ids) if session.cache is not None and len(ids) else None
+        return (session.cache, ids) if len(ids) else None
 
     def work(self, batch: list[Wanted]) -> list[int | Exception]:
         """Those that the cache lacks by now, as many as it holds."""

@@ -33,15 +33,21 @@ from .reader import Reader
 from .request import Request, Status
 from .statistics import Statistics
 from .step import Move, Step
+from .stretch import Stretches
 from .trace import Trace
 from .transcript import Transcript
 from .workload import BoundWorkload
 
+Reconsider = Callable[[Arrangement, Statistics], Arrangement]
 NOTHING: Ids = np.empty(0, dtype=np.int64)
 
 
 class Session:
-    """State of one request; see the module for who calls what."""
+    """State of one request; see the module for who calls what.
+
+    After a stretch of steps, `reconsider` is told how the session was served and what that took, and says how it is
+    served from there on. `window` is the largest of all arrangements that it may say.
+    """
 
     def __init__(
         self,
@@ -50,8 +56,10 @@ class Session:
         *,
         workload: BoundWorkload,
         arrangement: Arrangement,
+        reconsider: Reconsider,
+        window: int,
         load: Load,
-        cache: SessionCache | None,
+        cache: SessionCache,
         render: Callable[[Sequence[int]], str],
         emit: Callable[[Event], None],
         now: Callable[[], float],
@@ -60,19 +68,21 @@ class Session:
         self.request = request
         self.workload = workload
         self.arrangement = arrangement
+        self.stretches = Stretches()
         self.load = load
         self.cache = cache
         self.epoch = 0
         self.status = Status.LIVE
         self.error: BaseException | None = None
         self.transcript = Transcript(request.prompt, workload.retrieval_stride)
-        self.checks = Checks(arrangement.window)
-        self.wanted: deque[Ids] = deque(maxlen=arrangement.window)
+        self.checks = Checks(window)
+        self.wanted: deque[Ids] = deque(maxlen=window)
         self.out: set[Place] = set()  # Verify's turns are counted in `checks.flying`
         self.pace = Pace(arrangement.stride())
         self.reader = Reader(id, request, workload=workload, render=render, emit=emit, now=now)
         self.statistics = Statistics(prompt_tokens=len(request.prompt), prompt_tokens_cut=request.prompt_tokens_cut)
         self.trace = Trace(id) if request.trace else None
+        self._reconsider = reconsider
         self._now = now
         self.admitted = self.progress = now()
 
@@ -212,7 +222,7 @@ class Session:
             position=step.start,
             frontier=step.frontier,
             request=self.request,
-            cache=self.cache,
+            cache=self.cache if self.arrangement.guesses else None,
         )
         self.checks.queued.append(check)
 
@@ -375,7 +385,7 @@ class Session:
 
     def _commit(self) -> None:
         """Move the commit horizon over every step that is certain and complete."""
-        transcript = self.transcript
+        transcript, steps = self.transcript, self.statistics.steps
         while step := transcript.commit():
             assert step.retrieved is not None
             self.statistics.steps += 1
@@ -387,6 +397,19 @@ class Session:
             self.pace.learn()
         if transcript.finished:
             self.finish(Status.DONE)
+        elif self.statistics.steps > steps:
+            self._look_back()
+
+    def _look_back(self) -> None:
+        """Steps have been committed: if they end a stretch, the session may be served otherwise from here on."""
+        so_far = replace(self.statistics, latency_s=self._now() - self.admitted, reader_s=self.reader.away_s)
+        if (taken := self.stretches.committed(so_far)) is None:
+            return
+        chosen = self._reconsider(self.arrangement, taken)
+        if chosen is not self.arrangement:
+            self.arrangement = chosen
+            self.pace = Pace(chosen.stride())
+            self.stretches.restart(self.transcript.begun, so_far)
 
     # Prefetch ------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """What serving one session took: counts, seconds, and what was cut."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,8 +44,16 @@ class Statistics:
     reader_s: float = 0.0
     """Of that, while the caller had so much left unread that nothing new was begun for it."""
 
+    def since(self, earlier: "Statistics") -> "Statistics":
+        """What has been added to these since they were `earlier`; what is no sum stays as it is."""
+        sums = (field.name for field in fields(self) if field.name not in _NO_SUMS)
+        return replace(self, **{name: getattr(self, name) - getattr(earlier, name) for name in sums})
+
     @property
     def gamma(self) -> float | None:
         """Share of guesses, judged or proven, that were right (the paper's γ, measured); None before the first."""
         known = self.checked + self.certified
         return (self.matched + self.certified) / known if known else None
+
+
+_NO_SUMS = {"prompt_tokens", "prompt_tokens_cut", "shortest_search_s", "time_to_first_token_s"}

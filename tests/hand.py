@@ -12,7 +12,7 @@ from ralmspec.stages.load import Load
 from ralmspec.stages.messages import Check, Decoded, Pass, Place, Turn, Verdict
 from ralmspec.stages.model import Prefix, read_to_end
 from ralmspec.stages.request import Request
-from ralmspec.stages.session import Session
+from ralmspec.stages.session import Reconsider, Session
 from ralmspec.stages.step import Move
 
 PROMPT = (3, 1, 4)
@@ -29,6 +29,8 @@ class Hand:
         retriever: Any = None,
         stride: int = 2,
         unread_limit: int = 1000,
+        reconsider: Reconsider | None = None,
+        window: int = 0,
         **request: Any,
     ) -> None:
         self.model = model or FakeModel(ends=False)
@@ -41,8 +43,10 @@ class Hand:
             Request(prompt=PROMPT, unread_limit=unread_limit, end_tokens=self.model.end_tokens, **request),
             workload=InContext(retrieval_stride=stride).bind(self.model, self.retriever),
             arrangement=speculation,
+            reconsider=reconsider or (lambda arrangement, taken: arrangement),
+            window=window or speculation.window,
             load=self.load,
-            cache=SessionCache(self.retriever) if speculation.guesses else None,
+            cache=SessionCache(self.retriever),
             render=self.model.decode,
             emit=self.emit,
             now=lambda: self.at,
@@ -62,7 +66,7 @@ class Hand:
         self.session.looked(self.session.epoch, query, self.guess(query), seconds=0.0)
 
     def guess(self, query: Query) -> Ranking | None:
-        return self.session.cache.best(query) if self.session.cache is not None else None
+        return self.session.cache.best(query) if self.session.arrangement.guesses else None
 
     def decode(self, *tokens: int) -> None:
         for token in tokens:
@@ -89,7 +93,7 @@ class Hand:
             )
             for check, document in zip(checks, documents, strict=True)
         ]
-        if self.session.cache is not None:
+        if self.session.arrangement.guesses:
             self.session.cache.insert(np.array(documents), self.retriever.rows(np.array(documents)))
         self.session.judge(verdicts, search_s=0.0, verification_s=0.0)
         self.session.come_home(self.turn(checks))
@@ -101,7 +105,6 @@ class Hand:
         def best(query: Query, n: int = 1) -> Ranking:
             return Ranking(np.array([queue.pop(0)]), np.zeros(1, dtype=np.float32))
 
-        assert self.session.cache is not None
         self.session.cache.best = best  # type: ignore[method-assign]
 
     def begin(self, document: int = 5) -> None:

@@ -348,7 +348,7 @@ def is_certain_at_once(looked: Any, self: Session, *arguments: Any, **named: Any
 
 
 def certifies_every_guess(guess: Any, self: Lookup, query: Any, question: Any) -> Looked:
-    made = guess(self, query, question)
+    made: Looked = guess(self, query, question)
     return replace(made, certified=made.guess is not None)
 
 
