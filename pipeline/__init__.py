@@ -32,6 +32,7 @@ The layers, and which way imports go (a test holds it):
 Importing this package loads none of torch, transformers, faiss or sentence-transformers.
 """
 
+from ralmspec.retrievers.base import Bounding as Bounding
 from ralmspec.retrievers.base import Document as Document
 from ralmspec.retrievers.base import Drafter as Drafter
 from ralmspec.retrievers.base import Query as Query

@@ -1,4 +1,4 @@
-"""The arrangement that has been serving fastest, for each session anew."""
+"""The arrangement that has been serving fastest, for every stretch of steps anew."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -13,18 +13,19 @@ from ralmspec.stages.stride import OS3
 from .arrangements import Continuous, Sequential, Synchronous
 
 _TIE = 1.05
-"""Medians of eight sessions or fewer that differ by no more than this are as good as equal."""
+"""Medians of eight stretches or fewer that differ by no more than this are as good as equal."""
 
 
 class Adaptive:
-    """Serves each session in the arrangement whose last sessions took the least time a step.
+    """Serves every stretch of a session in the arrangement whose last stretches took the least time a step.
 
     Which one that is depends on what no formula of a and b knows: whether searching and decoding share cores or memory,
     how many sessions there are, how often guesses are right. So it is measured. `choices` are tried in their order,
-    the first one at once; another only if it could be faster, by what is known of a and b, and then by one session in
-    eight until it has a result. The second best is looked at again from time to time, if it is close. Put what works
-    least last: of choices that take the same but for a twentieth, more than which a few sessions cannot tell, the last
-    one serves. Sessions of other lengths are another matter, since a short one waits for the first search and the last
+    the first one at once; another only if it could be faster, by what is known of a and b, and then by one stretch in
+    eight until it has a result. A trial costs the steps that are open when it begins and sixteen more (`Stretches`),
+    and a session that is served badly need not go on so. The second best is looked at again from time to time, if it is
+    close. Put what works least last: of choices that take the same but for a twentieth, more than which a few stretches
+    cannot tell, the last one serves. Sessions of other lengths are another matter, since a short one waits for the last
     verification as long as a long one does: what is learned holds for requests of about as many `max_new_tokens`.
 
     Where sessions wait for their searches no more than a twentieth of the time that their work takes, as when many of
@@ -33,9 +34,9 @@ class Adaptive:
     Without `choices`: `Continuous`, `Synchronous` with OS3 whose γ is not cut at 0.6, and `Sequential`, for searches so
     cheap that guessing costs more than it saves. `prefetch` is that of the first two.
 
-    Sessions that fail or are given up teach it nothing, but those that miss their deadline do, and while a session
-    waits for its reader, no time counts. It remembers what it has learned as long as it lives; give every pipeline its
-    own.
+    The last stretch of a session that fails or is given up teaches it nothing, that of one that misses its deadline
+    does, and while a session waits for its reader, no time counts. It remembers what it has learned as long as it
+    lives; give every pipeline its own.
     """
 
     def __init__(self, choices: Sequence[Arrangement] = (), *, prefetch: int = 256) -> None:
@@ -61,7 +62,7 @@ class Adaptive:
         return self._ledger(request).choose()
 
     def learn(self, request: Request, arrangement: Arrangement, statistics: Statistics) -> None:
-        """Take in what a session took."""
+        """Take in what a stretch took."""
         if statistics.latency_s:
             self._ledger(request).note(arrangement, statistics)
 
@@ -70,14 +71,14 @@ class Adaptive:
 
 
 class _Ledger:
-    """What sessions of about one length took in each of the choices."""
+    """What stretches of sessions of about one length took in each of the choices."""
 
     def __init__(self, choices: Sequence[Arrangement]) -> None:
         self._seconds: dict[Arrangement, deque[float]] = {choice: deque(maxlen=8) for choice in choices}  # a step
-        self._chosen: dict[Arrangement, int] = {}  # when last, counted in choices
+        self._chosen: dict[Arrangement, int] = {}  # when last, counted in calls of choose
         self._hopeless: set[Arrangement] = set()  # missed a deadline with nothing at all
         self._count = 0
-        self._steps = 0  # of a session
+        self._steps = 0  # of a stretch
         self._step_s = self._search_s = 0.0
         self._shortest_s = 0.0  # a search, at least
         self._waited_s = 0.0  # for searches, a step: what hiding them could save
@@ -98,17 +99,17 @@ class _Ledger:
         self._shortest_s = statistics.shortest_search_s
         # What is on its way when a stretch ends is counted as a call and not yet as time.
         self._search_s = max(statistics.search_s / max(statistics.kb_calls, 1), self._shortest_s)
-        # In a session without guesses, all that is neither work nor its reader's is waiting for a search.
+        # In a stretch without guesses, all that is neither work nor its reader's is waiting for a search.
         idle_s = statistics.latency_s - statistics.reader_s - statistics.busy_s
         self._waited_s = max(self._search_s, idle_s / statistics.steps)
 
     def _choose(self) -> Arrangement:
         known = [choice for choice, seconds in self._seconds.items() if seconds]
-        least = [*self._seconds][-1]  # work
+        idlest = [*self._seconds][-1]  # what works least stands last
         if not known:
-            return next((choice for choice in self._seconds if choice not in self._hopeless), least)
-        if self._waited_s <= (_TIE - 1) * self._step_s and least not in self._hopeless:
-            return least
+            return next((choice for choice in self._seconds if choice not in self._hopeless), idlest)
+        if self._waited_s <= (_TIE - 1) * self._step_s and idlest not in self._hopeless:
+            return idlest
         fastest = min(map(self._median, known))
         best = next(choice for choice in reversed(known) if self._median(choice) <= _TIE * fastest)
         for choice, seconds in self._seconds.items():
@@ -123,12 +124,12 @@ class _Ledger:
     def _median(self, choice: Arrangement) -> float:
         return median(self._seconds[choice])
 
-    def _rested(self, choice: Arrangement, choices: int) -> bool:
-        return self._count - self._chosen.get(choice, -choices) >= choices
+    def _rested(self, choice: Arrangement, calls: int) -> bool:
+        return self._count - self._chosen.get(choice, -calls) >= calls
 
     def _could_win(self, choice: Arrangement, best: Arrangement) -> bool:
-        """Whether a session might take less than in the best: the work of its steps, and the searches it cannot do
-        without, one for the stride it begins with and one for every window, as the last session measured them; less a
+        """Whether a stretch might take less than in the best: the work of its steps, and the searches it cannot do
+        without, one for the stride it begins with and one for every window, as the last one measured them; less a
         quarter, since each may have slowed the other down. Who never guesses has one query in each search, the
         shortest, and is spared look-ups and wasted passes as well: less two fifths."""
         searches = 1 + ceil(max(self._steps - choice.stride().length, 0) / choice.window)

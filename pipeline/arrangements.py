@@ -67,7 +67,8 @@ class Synchronous:
 
     @property
     def window(self) -> int:
-        """A stride of drafts, and the step whose check closes the batch."""
+        """A stride of drafts, and the step whose check closes the batch. Certified steps take up room as well, so a
+        batch may leave with fewer checks."""
         return self._settings().longest + 1
 
     def stride(self) -> Stride:

@@ -40,9 +40,12 @@ def compare_command(
     prefetch: Annotated[
         int, typer.Option(min=1, help="Documents that a search brings in the arrangements with P.")
     ] = 20,
+    wide_prefetch: Annotated[
+        int, typer.Option(min=1, help="The same for what goes beyond the paper: W, continuous, adaptive.")
+    ] = 256,
     only: Annotated[
         str,
-        typer.Option(help="Arrangements beside RaLMSeq, with commas; +PS, +SA, +PA, +PSA+T, continuous-T... too."),
+        typer.Option(help="Arrangements beside RaLMSeq, with commas; +PS, +SA, +PA, +PSA+C, continuous-C... too."),
     ] = "",
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
@@ -60,13 +63,15 @@ def compare_command(
     compared(
         lambda: load(engine_options),
         questions_as_typed(sets, questions),
-        chosen_from({**published(prefetch), **beyond()}, only, DEFAULT),
+        chosen_from({**published(prefetch), **beyond(wide_prefetch)}, only, DEFAULT),
         Sampling(temperature=temperature, seed=seed),
         max_new_tokens=max_new_tokens,
         json=json,
         trace=trace,
         timeline=timeline,
         sets=sets,
+        prefetch=prefetch,
+        wide_prefetch=wide_prefetch,
     )
 
 

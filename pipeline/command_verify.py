@@ -27,7 +27,7 @@ from .speculation import Speculation
 from .terminal import load, out, questions_as_typed, run
 
 _continuous = partial(Continuous, flights=2)
-_checking = partial(Synchronous, speculation_stride=8, token_check=True)
+_checking = partial(Synchronous, speculation_stride=8, token_check=True, certified_skip=True)
 
 
 @with_options(EngineOptions)
@@ -45,9 +45,9 @@ def verify_command(
     """Show that every arrangement gives RaLMSeq's tokens and documents, on real questions.
 
     Runs strides × prefetch widths × asynchronous on and off, 'continuous' with two batches in flight, and synchronous
-    verification with the token check; with --drafter, all of them guess with it. With --dtype float64 every output must
-    be identical; with float32 and below a difference must start at a logged near-tie of the model's scores. Exits with
-    an error otherwise.
+    verification with token check and certified skip; with --drafter, all of them guess with it. With --dtype float64
+    every output must be identical; with float32 and below a difference must start at a logged near-tie of the model's
+    scores. Exits with an error otherwise.
     """
     arrangements: Mapping[str, Speculation] = {
         f"{'async' if kind is Asynchronous else 'sync'} s={stride.strip()} P={width.strip()}": kind(
@@ -58,7 +58,7 @@ def verify_command(
         for width in prefetches.split(",")
     } | {
         f"{name} P={width.strip()}": made(prefetch=terminal.number(width, "--prefetches"))
-        for name, made in (("continuous", _continuous), ("sync s=8 token check", _checking))
+        for name, made in (("continuous", _continuous), ("sync s=8 token check, certified skip", _checking))
         for width in prefetches.split(",")
     }
 

@@ -121,8 +121,8 @@ def certified(path: Path, retriever: Retriever, widths: Sequence[int]) -> list[l
     """For every step but the first, the widths at which no search was needed to be sure of its document.
 
     That is so if, of what an earlier search with so many results found, something scores more for the step's query
-    than anything can that the search left out. Tried for each of the last four searches; the retriever must be
-    `Bounding`.
+    than anything can that the search left out: `SessionCache.certified` where only that search is in the cache. Tried
+    for each of the last four searches, of which the cache keeps more; the retriever must be `Bounding`.
     """
     assert isinstance(retriever, Bounding), "nothing is known of what a search left out"
     certain: list[list[int]] = []

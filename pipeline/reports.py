@@ -34,7 +34,7 @@ class Row(BaseModel):
     drafter_hits: int
     """Right guesses of the drafter, where the cache alone had no or another document."""
     certified: int
-    """Steps whose guess was proven by what earlier searches had left out, and not checked."""
+    """Steps whose guess was proven by an earlier search, and not checked."""
     saved: int
     """Steps written under other documents than the true ones, whose tokens stood all the same."""
     rollbacks: int

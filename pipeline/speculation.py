@@ -1,4 +1,4 @@
-"""What a pipeline can be given: one arrangement for all its sessions, or what chooses among several."""
+"""What a pipeline can be given: one arrangement for all its sessions, or what chooses for each, stretch by stretch."""
 
 from typing import Protocol, runtime_checkable
 
@@ -9,7 +9,7 @@ from ralmspec.stages.statistics import Statistics
 
 @runtime_checkable
 class Chooser(Protocol):
-    """Picks an arrangement for each session of one pipeline. Both methods run on the event loop and must be quick."""
+    """Picks arrangements for the sessions of one pipeline. Both methods run on the event loop and must be quick."""
 
     @property
     def window(self) -> int:
@@ -22,12 +22,12 @@ class Chooser(Protocol):
         ...
 
     def choose(self, request: Request) -> Arrangement:
-        """The arrangement for the next steps of a session that begins now, or has just gone a stretch."""
+        """The arrangement of a session that begins now, or of what comes after a stretch of its steps (`Stretches`)."""
         ...
 
     def learn(self, request: Request, arrangement: Arrangement, statistics: Statistics) -> None:
-        """What a stretch of a session's steps took that was served so: a session goes several (`Stretches`). The last
-        one counts if the session has ended well, or has missed its deadline."""
+        """What a stretch of a session's steps took in `arrangement`; a long session has many. What is left at its end
+        (`Stretches.rest`) counts if it has ended well, or has missed its deadline."""
         ...
 
 

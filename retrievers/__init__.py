@@ -5,6 +5,8 @@
     encoder, dpr        text to vector                      vectors     how vectors are stored and opened
     ranking             the one order of documents          kernel      the one inner product
     dense               exact search over vectors           padded      the same, made as costly as a larger corpus
+    codes, int8, flat   fast scans that propose candidates  proposals   what they owe to whoever scores these again
+    drift               what a search proves of the next    retrying    any of them, asked again where it fails
     hnsw, hnsw_build    approximate search in a graph       ivf         approximate search in lists
     bm25, analyzer      sparse search, embedded             latency     any of them, answering in a set time
     lucene, lucene_index, forward, jvm                      sparse search by Lucene, in Java

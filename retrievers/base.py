@@ -110,10 +110,10 @@ class Retriever(Protocol):
 
 @runtime_checkable
 class Bounding(Protocol):
-    """What an exact retriever may offer besides: a bound on what a search left out, so that others can be spared."""
+    """What an exact retriever may offer besides: a bound on what a search left out, which can spare later searches."""
 
     def bound(self, query: Query, past: Query, found: Ranking) -> float:
-        """The most that a document can score for `query` which a search for `past` left out, when it brought `found`.
+        """The most that a document can score for `query`, if a search for `past`, which brought `found`, left it out.
 
         Both encoded. Never less than the highest of those scores, as `score` computes them; infinity where nothing is
         known, minus infinity where nothing was left out. Fast: called for several searches at every look-up.

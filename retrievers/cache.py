@@ -19,7 +19,8 @@ class SessionCache:
 
     Texts are not held. Scores come from the retriever and the order from `rank`, so when an exact index's first
     document is here, it is the guess. When full, the document that was inserted or guessed longest ago goes: that can
-    cost a right guess, never a right output, and so can the order in which threads come by: any thread may use it.
+    cost a right guess or a proof, and so can the order in which threads come by: any thread may use it. An output is
+    never at stake: a search proves something only while all that it found is here.
 
     Nothing here loops over documents: a workload that retrieves at every token inserts thousands of them each time.
     """
@@ -91,7 +92,7 @@ class SessionCache:
         """
         with self._lock:
             ranking = self._best(query, n)
-            return ranking, ranking is not None and len(ranking.ids) == n and self._is_certain(query, ranking)
+            return ranking, ranking is not None and len(ranking.ids) == n and self._is_proven(query, ranking)
 
     def _best(self, query: Query, n: int) -> Ranking | None:
         if self._rows is None:
@@ -101,7 +102,7 @@ class SessionCache:
         self._used[self._slots(ranking.ids)] = self._tick(len(ranking.ids))
         return ranking
 
-    def _is_certain(self, query: Query, ranking: Ranking) -> bool:
+    def _is_proven(self, query: Query, ranking: Ranking) -> bool:
         if self._bounding is None:
             return False
         last = float(ranking.scores[-1])

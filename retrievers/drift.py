@@ -29,9 +29,9 @@ def product_bound(query: Vector, past: Vector, floor: float, longest: float) -> 
     error = 1.01 * product_error(len(asked), size, longest)
     if not size or not length:
         return size * longest + error
-    share = float(asked @ before) / length**2
-    known = floor + 1.01 * product_error(len(asked), length, longest)
-    most = min(known, length**2 * longest * share / size)
-    along = min(longest, max(-longest, most / length))
+    share = float(asked @ before) / length**2  # c
+    known = floor + 1.01 * product_error(len(asked), length, longest)  # s
+    reached = min(known, length**2 * longest * share / size)  # min(s, t*)
+    along = min(longest, max(-longest, reached / length))  # t / p, within -L and L whatever the rounding
     across = float(np.linalg.norm(asked - share * before)) * math.sqrt((longest - along) * (longest + along))
     return share * along * length + across + error

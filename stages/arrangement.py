@@ -12,8 +12,8 @@ class Outlook:
 
     `queued` checks wait, `flying` ones have been launched and not come home (stale ones included); `newest_flying` says
     whether the newest step's own check, as it stands, is among those; `stuck` that nothing new can be decoded before
-    a verdict (the newest step has no document, the output is complete, the window is full, or the model has no time for
-    guesses); `stride` is the session's speculation stride.
+    a verdict (the newest step has no document, or could not be decoded under its guess, the output is complete, the
+    window is full, or the model has no time for guesses); `stride` is the session's speculation stride.
     """
 
     queued: int
@@ -38,7 +38,8 @@ class Arrangement(Protocol):
 
     @property
     def window(self) -> int:
-        """K: how many uncommitted steps, and how many checks in flight, a session may have (R5)."""
+        """How many uncommitted steps a session may have. The largest one it may be given is K of R5: how many of its
+        checks may be in flight."""
         ...
 
     @property
@@ -59,11 +60,11 @@ class Arrangement(Protocol):
 
     @property
     def certified_skip(self) -> bool:
-        """Whether a step goes without a check where what earlier searches left out proves that its guess is right."""
+        """Whether a step goes without a check where an earlier search proves that its guess is right."""
         ...
 
     def stride(self) -> Stride:
-        """The stride scheduler for a new session."""
+        """The stride scheduler for a session that begins, or that is served so from now on."""
         ...
 
     def may_draft(self, outlook: Outlook) -> bool:

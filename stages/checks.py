@@ -11,7 +11,7 @@ class Checks:
     """At most `window` checks fly at once, stale ones included: each has a credit, which returns with its turn (R5)."""
 
     window: int
-    queued: deque[Check] = field(default_factory=deque)  # of newest steps only, so there are steps where there are some
+    queued: deque[Check] = field(default_factory=deque)  # of steps that wait for them, so there are steps if any are
     flying: list[tuple[Check, ...]] = field(default_factory=list)  # a batch for each turn that is out at Verify
     verdicts: dict[int, Verdict] = field(default_factory=dict)  # by step; of this epoch, not applied yet
 

@@ -34,7 +34,7 @@ class CycleStage(Generic[Work, Result]):
         self._batch = batch
 
     def take(self, session: Session, turn: Turn) -> Work | None:
-        """A section: what there is to do for this session now, if anything."""
+        """A section (synchronous, on the loop: R2): what there is to do for this session now, if anything."""
         raise NotImplementedError
 
     def at_once(self, work: Work) -> Result | None:

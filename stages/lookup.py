@@ -1,8 +1,8 @@
 """Lookup: forms the next query of a session, has it encoded once, and guesses its documents.
 
 Guesses come from the session's cache, and from a drafter, if there is one: another, faster index over the same
-documents. The knowledge base's own scores decide between the two. Where what earlier searches left out proves the
-cache's guess, the step needs no check.
+documents. The knowledge base's own scores decide between the two. Where an earlier search proves the cache's guess
+(`SessionCache.certified`), the step needs no check.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,12 +29,12 @@ Given = TypeVarTuple("Given")
 @dataclass(frozen=True, slots=True, eq=False)
 class Question:
     """A query, and the cache to guess its documents from, if there is one; whether the drafter is to be asked too, and
-    whether the guess may be proven."""
+    whether a proof of the guess is looked for."""
 
     query: Query
     cache: SessionCache | None
     drafter: bool
-    certified: bool
+    prove: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +75,7 @@ class Lookup(CycleStage[Question, Looked]):
             session.question(),
             session.cache if arrangement.guesses else None,
             drafter=self._drafter is not None and arrangement.asks_drafter,
-            certified=arrangement.certified_skip,
+            prove=arrangement.certified_skip,
         )
 
     def at_once(self, work: Question) -> Looked | None:
@@ -122,7 +122,7 @@ class Lookup(CycleStage[Question, Looked]):
         """What the cache says."""
         if question.cache is None:
             return Looked(query, None)
-        if not question.certified:
+        if not question.prove:
             return Looked(query, question.cache.best(query, self._workload.top_k))
         guess, certified = question.cache.certified(query, self._workload.top_k)
         return Looked(query, guess, certified=certified)

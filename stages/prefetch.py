@@ -17,7 +17,7 @@ Wanted = tuple[SessionCache, Ids]
 
 
 class Prefetch(CycleStage[Wanted, int]):
-    """Fetches rows by id. Late, dropped or failed work costs guesses, never outputs."""
+    """Fetches rows by id. Late, dropped or failed work costs guesses and proofs, never outputs."""
 
     def __init__(
         self, sessions: Mapping[int, Session], retriever: Retriever, worker: Worker, now: Callable[[], float]

@@ -3,7 +3,8 @@
 Every method is a *section*: synchronous, run on the event loop, never interrupted (R2). Stages and the caller's stream
 call sections; after each, the `Switch` looks where the session is due next.
 
-    question, looked             Lookup takes the next query, and brings it back encoded: a step begins, maybe guessed
+    question, looked             Lookup takes the next query, and brings it back encoded: a step begins, maybe guessed,
+                                 and without a check if the guess is proven
     next_pass, decoded           Generate takes one forward pass, and brings its token, the frontier, or what settles a
                                  doubt: commit, or ROLLBACK
     launch, take_checks, judge   the Switch sends checks that are due to Verify, which brings verdicts: commit, doubt,
@@ -112,12 +113,14 @@ class Session:
             return Move.DECODE if self.workload.asks_with_frontier and transcript.frontier is None else Move.LOOK
         if newest.retrieved is None:
             return None
-        if newest.certain or (self._may_guess and self.arrangement.may_draft(self._outlook())):
+        if newest.certain or (self._can_draft and self.arrangement.may_draft(self._outlook())):
             return Move.DECODE
         return None
 
     @property
-    def _may_guess(self) -> bool:
+    def _can_draft(self) -> bool:
+        """Whether a step that is not certain may be decoded, as far as the model goes: it has time, and has not failed
+        at this one."""
         return not self.load.crowded and not self.transcript.steps[-1].barred
 
     @property
@@ -147,7 +150,7 @@ class Session:
             stuck=self.transcript.ended
             or newest.retrieved is None
             or (newest.complete and self._window_full)
-            or (not newest.certain and not newest.complete and not self._may_guess),
+            or (not newest.certain and not newest.complete and not self._can_draft),
             stride=self.pace.stride.length,
         )
 
@@ -210,7 +213,7 @@ class Session:
         )
         self.transcript.begin(step)
         if certified:
-            self._settle()
+            self._settle()  # and no commit: the step has no token yet, and those before it gain nothing by it
             return
         check = Check(
             session=self.id,
@@ -274,7 +277,7 @@ class Session:
             self.reader.drafted(step, self.transcript.generated, retrieved)
 
     def give_up_draft(self, made: Pass) -> bool:
-        """A pass has failed: whether it wrote under a guess, so that the session can go on after the verdict."""
+        """A pass has failed: whether it wrote under a guess, so that the session can go on once the step is certain."""
         newest = self.transcript.steps[-1] if self.transcript.steps else None
         if made.proposed is not None or newest is None or newest.settled:
             return False
@@ -313,16 +316,17 @@ class Session:
                 self.wanted.append(verdict.wanted)
         self._commit()
 
-    # What verdicts lead to -----------------------------------------------------------------------------------------
+    # What becomes of steps -----------------------------------------------------------------------------------------
 
     def _settle(self) -> list[Verdict]:
         """Apply, in step order, the verdicts that are here, up to a step that they put in doubt. A step that needs none
-        is certain when its turn comes: until then, the context for which it was certified may still be taken back."""
+        is certain once all before it are settled: until then, the context for which it was certified may still be taken
+        back."""
         applied = []
         while step := self.transcript.unsettled:
             if step.certified:
                 step.certain = True
-                self.statistics.certified += 1
+                self.statistics.certified += 1  # `pace` is told of none: a stride counts checks, and this has no check
                 continue
             if (verdict := self._next_verdict(step)) is None:
                 break
@@ -398,15 +402,16 @@ class Session:
         if transcript.finished:
             self.finish(Status.DONE)
         elif self.statistics.steps > steps:
-            self._look_back()
+            self._end_stretch()
 
-    def _look_back(self) -> None:
-        """Steps have been committed: if they end a stretch, the session may be served otherwise from here on."""
+    def _end_stretch(self) -> None:
+        """Steps have been committed: if they end a stretch, the session may be served otherwise from here on. What is
+        open stays as it was begun, guesses and checks too; how that goes on, the new arrangement decides."""
         so_far = replace(self.statistics, latency_s=self._now() - self.admitted, reader_s=self.reader.away_s)
         if (taken := self.stretches.committed(so_far)) is None:
             return
         chosen = self._reconsider(self.arrangement, taken)
-        if chosen is not self.arrangement:
+        if chosen != self.arrangement:
             self.arrangement = chosen
             self.pace = Pace(chosen.stride())
             self.stretches.restart(self.transcript.begun, so_far)
@@ -443,7 +448,7 @@ class Session:
         return Done(session=self.id, statistics=replace(self.statistics), error=self.error)
 
     def span(self, stage: str, start: float, *, epoch: int, step: int | None = None, note: str = "") -> None:
-        """Note a stretch of a stage's work in the timeline, if one is kept."""
+        """Note a piece of a stage's work in the timeline, if one is kept."""
         if self.trace is not None:
             newest = self.transcript.begun - 1
             self.trace.span(stage, start, self._now(), step=newest if step is None else step, epoch=epoch, note=note)

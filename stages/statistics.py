@@ -25,7 +25,7 @@ class Statistics:
     matched_by_drafter: int = 0
     """Those of them whose first document the drafter named, and the cache did not have; the others are cache hits."""
     certified: int = 0
-    """Steps whose guess was proven by what earlier searches had left out, so that it was not checked."""
+    """Steps whose guess was proven by an earlier search, so that it was not checked."""
     saved: int = 0
     """Steps written under other documents than the true ones, whose tokens stood all the same (`token_check`)."""
     rollbacks: int = 0
@@ -51,7 +51,8 @@ class Statistics:
 
     @property
     def gamma(self) -> float | None:
-        """Share of guesses, judged or proven, that were right (the paper's γ, measured); None before the first."""
+        """Share of guesses, judged or proven, that were right (the paper's γ, measured; OS3's counts the judged alone);
+        None before the first."""
         known = self.checked + self.certified
         return (self.matched + self.certified) / known if known else None
 

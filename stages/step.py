@@ -23,8 +23,8 @@ class Step:
     `start` counts generated tokens before it. `retrieved` is a guess until the step is `certain`, `from_drafter` or
     from the cache, and None while nothing is known at all. `frontier` is that at its start, where queries need one.
     It is `certified` when its guess is proven to be right for this context, and then it has no check. It is `complete`
-    when it has all its tokens. It is `barred` when it could not be decoded under its guess: whether that is an error,
-    only the verdict tells. It is `doubted` when its tokens were written under other
+    when it has all its tokens. It is `barred` when it could not be decoded under its guess: whether that is an error
+    shows once it is certain, and is decoded again. It is `doubted` when its tokens were written under other
     documents than the true ones, and the model has not yet said under those whether it would have written the same.
     It commits when it is certain, complete and free of doubt. `busy_s` is the time it has spent in Lookup and
     Generate, waiting for its turn included, since it was last rolled back.

@@ -16,7 +16,7 @@ class Stretches:
     def __init__(self) -> None:
         self._first = 1  # steps that must be committed before a stretch begins
         self._begun: Statistics | None = None  # as they stood when it began
-        self._told = False
+        self._told = False  # whether any stretch has been complete
 
     def committed(self, so_far: Statistics) -> Statistics | None:
         """More steps are committed: what the stretch took, if that makes it complete."""
@@ -31,12 +31,14 @@ class Stretches:
         return taken
 
     def restart(self, steps_begun: int, so_far: Statistics) -> None:
-        """From here on the session is served otherwise."""
+        """From here on the session is served otherwise: the next stretch begins when all `steps_begun` are committed,
+        at once if they are."""
         self._first, self._begun = steps_begun, None
         self.committed(so_far)
 
     def rest(self, in_all: Statistics) -> Statistics | None:
-        """What the last steps of a session took that has ended; all of them, if it was too short for any stretch."""
+        """What the last steps of a session took that has ended, if they are half a stretch at least; if no stretch was
+        ever complete, all of them."""
         if self._begun is not None:
             taken = in_all.since(self._begun)
             if taken.steps >= STEPS // 2:

@@ -24,7 +24,7 @@ class Trace:
         self.spans: list[Span] = []
 
     def span(self, stage: str, start: float, end: float, *, step: int, epoch: int, note: str = "") -> None:
-        """Note a stretch of work."""
+        """Note a piece of work."""
         self.spans.append(Span(self.session, stage, start, end, step, epoch, note))
 
     def mark(self, stage: str, at: float, *, step: int, epoch: int) -> None:

@@ -47,7 +47,8 @@ class Transcript:
 
     @property
     def unsettled(self) -> Step | None:
-        """The oldest step that waits for its verdict, or for the model's word on its doubt."""
+        """The oldest step that is not settled: it waits for its verdict, or for the model's word on its doubt. One that
+        is certified waits for neither: `Session._settle` passes it."""
         return next((step for step in self.steps if not step.settled), None)
 
     @property

@@ -73,8 +73,8 @@ class Verify(CycleStage[Batch, list[Verdict]]):
         ]
         wrong = [n for n, (check, _) in enumerate(found) if check.guess is not None and not right[n]]
         stand = wrong[0] + 1 if wrong else len(found)
-        # What is found after a wrong guess enters the cache too, since a cache only guesses; but first, so as not to
-        # stay the longest.
+        # What is found after a wrong guess enters the cache too: it is true of its query, whatever became of the step,
+        # so guesses and proofs may rest on it. But first, so as not to stay the longest.
         wanted = {n: self._remember(*found[n]) for n in [*range(stand, len(found)), *range(stand)]}
         return [
             Verdict(
@@ -89,7 +89,8 @@ class Verify(CycleStage[Batch, list[Verdict]]):
         ]
 
     def _remember(self, check: Check, truth: Ranking) -> Ids:
-        """What conditions the step enters the cache; what else should be there."""
+        """What conditions the step enters the cache, and the search is kept for proofs. Returns what else should be
+        there: until Prefetch has brought that, the search proves nothing."""
         if (cache := check.cache) is None:
             return truth.ids[:0]
         top = truth.ids[: self._workload.top_k]

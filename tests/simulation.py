@@ -35,9 +35,12 @@ from ralmspec.pipeline import (
     RetrieverFailed,
     Sequential,
     Speculation,
+    Statistics,
     Synchronous,
 )
+from ralmspec.stages import stretch
 from ralmspec.stages.arrangement import Outlook
+from ralmspec.stages.request import Request
 from ralmspec.stages.session import Session
 from ralmspec.stages.sink import Sink
 from ralmspec.stages.stride import FixedStride
@@ -86,6 +89,22 @@ ARRANGEMENTS: list[Arrangement] = [
         for documents in (1, 20, 256)
     ),
 ]
+
+
+class Restless:
+    """Serves every stretch otherwise than the last."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self.window = max(arrangement.window for arrangement in ARRANGEMENTS)
+        self.flights = max(arrangement.flights for arrangement in ARRANGEMENTS)
+        self.learned = 0
+        self._chance = chance
+
+    def choose(self, request: Request) -> Arrangement:
+        return self._chance.choice(ARRANGEMENTS)
+
+    def learn(self, request: Request, arrangement: Arrangement, statistics: Statistics) -> None:
+        self.learned += 1
 
 
 class Citing:
@@ -162,8 +181,10 @@ def simulate(luck: Luck) -> Counter[str]:
     chance = random.Random(luck.seed)
     tally: Counter[str] = Counter()
     world = World.of(chance.choice(WORLDS), chance.randrange(3), chance.choice((2, 3)))
-    speculations: list[Speculation] = [*ARRANGEMENTS, Adaptive(), Adaptive()]
+    restless = Restless(random.Random(luck.seed))
+    speculations: list[Speculation] = [*ARRANGEMENTS, Adaptive(), Adaptive(), *[restless] * 6]
     speculation = luck.arrangement or chance.choice(speculations)
+    steps = random.Random(luck.seed).choice((1, 2, 5, stretch.STEPS))
     world.retriever.concurrency = chance.choice((1, 1, 2, 4))
     world.model.max_batch = chance.choice((1, 2, 8, 64))
     world.model.halts = chance.choice((0.0, 0.0, 0.3))
@@ -224,10 +245,13 @@ def simulate(luck: Luck) -> Counter[str]:
         assert asyncio.all_tasks() == {asyncio.current_task()}, "tasks were left behind"
 
     world.model.forgotten.clear()
-    with bookkeeping(limits, world.model.kv_tokens, room) as book, death if dies and not outside else nullcontext():
+    death_or_none = death if dies and not outside else nullcontext()
+    with bookkeeping(limits, world.model.kv_tokens, room) as book, death_or_none, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stretch, "STEPS", steps)
         run(main, seed=luck.seed)
     settled(book, clients, world)
-    tally["rollbacks"], tally["stale"] = book.rollbacks, book.stale
+    tally["rollbacks"], tally["stale"], tally["stretches"] = book.rollbacks, book.stale, restless.learned
+    tally["certified"] = sum(session.statistics.certified for session in book.ends)
     for client in clients:
         tally[type(client.ends[0]).__name__] += 1
     assert rate or not tally["RetrieverFailed"] + tally["ModelFailed"], "a fault that nobody made"

