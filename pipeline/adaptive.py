@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from math import ceil
-from statistics import median
+from statistics import fmean
 
 from ralmspec.stages.arrangement import Arrangement
 from ralmspec.stages.request import Request
@@ -13,7 +13,7 @@ from ralmspec.stages.stride import OS3
 from .arrangements import Continuous, Sequential, Synchronous
 
 _TIE = 1.05
-"""Medians of eight stretches or fewer that differ by no more than this are as good as equal."""
+"""Means of eight stretches or fewer that differ by no more than this are as good as equal."""
 
 
 class Adaptive:
@@ -34,9 +34,9 @@ class Adaptive:
     Without `choices`: `Continuous`, `Synchronous` with OS3 whose γ is not cut at 0.6, and `Sequential`, for searches so
     cheap that guessing costs more than it saves. `prefetch` is that of the first two.
 
-    The last stretch of a session that fails or is given up teaches it nothing, that of one that misses its deadline
-    does, and while a session waits for its reader, no time counts. It remembers what it has learned as long as it
-    lives; give every pipeline its own.
+    The last stretch of a session that fails or is given up teaches it nothing, that of one that misses its deadline or
+    stalls does, and while a session waits for its reader, no time counts. It remembers what it has learned as long as
+    it lives; give every pipeline its own.
     """
 
     def __init__(self, choices: Sequence[Arrangement] = (), *, prefetch: int = 256) -> None:
@@ -76,7 +76,7 @@ class _Ledger:
     def __init__(self, choices: Sequence[Arrangement]) -> None:
         self._seconds: dict[Arrangement, deque[float]] = {choice: deque(maxlen=8) for choice in choices}  # a step
         self._chosen: dict[Arrangement, int] = {}  # when last, counted in calls of choose
-        self._hopeless: set[Arrangement] = set()  # missed a deadline with nothing at all
+        self._hopeless: dict[Arrangement, int] = {}  # how often it took too long for any step at all, lately
         self._count = 0
         self._steps = 0  # of a stretch
         self._step_s = self._search_s = 0.0
@@ -91,8 +91,9 @@ class _Ledger:
 
     def note(self, arrangement: Arrangement, statistics: Statistics) -> None:
         if not statistics.steps:  # nothing was committed before the deadline
-            self._hopeless.add(arrangement)
+            self._hopeless[arrangement] = self._hopeless.get(arrangement, 0) + 1
             return
+        self._hopeless.pop(arrangement, None)
         self._seconds[arrangement].append((statistics.latency_s - statistics.reader_s) / statistics.steps)
         self._steps = statistics.steps
         self._step_s = statistics.busy_s / statistics.steps
@@ -110,19 +111,22 @@ class _Ledger:
             return next((choice for choice in self._seconds if choice not in self._hopeless), idlest)
         if self._waited_s <= (_TIE - 1) * self._step_s and idlest not in self._hopeless:
             return idlest
-        fastest = min(map(self._median, known))
-        best = next(choice for choice in reversed(known) if self._median(choice) <= _TIE * fastest)
+        fastest = min(map(self._typical, known))
+        best = next(choice for choice in reversed(known) if self._typical(choice) <= _TIE * fastest)
         for choice, seconds in self._seconds.items():
-            rest = 16 if choice in self._hopeless else 8
+            rest = 16 * self._hopeless.get(choice, 0) or 8
             if not seconds and self._rested(choice, rest) and self._could_win(choice, best):
                 return choice
-        second = min((choice for choice in known if choice != best), key=self._median, default=best)
-        close = self._median(second) < 1.25 * self._median(best)
+        second = min((choice for choice in known if choice != best), key=self._typical, default=best)
+        close = self._typical(second) < 1.25 * self._typical(best)
         # The more is known of it, the less often it is tried again.
         return second if close and self._rested(second, 8 * len(self._seconds[second])) else best
 
-    def _median(self, choice: Arrangement) -> float:
-        return median(self._seconds[choice])
+    def _typical(self, choice: Arrangement) -> float:
+        """Of four or more the quickest and the slowest are left out: something else may have slowed one. But the last
+        stretch of a session also waits for its last verdicts, which is to count."""
+        seconds = sorted(self._seconds[choice])
+        return fmean(seconds[1:-1] if len(seconds) >= 4 else seconds)
 
     def _rested(self, choice: Arrangement, calls: int) -> bool:
         return self._count - self._chosen.get(choice, -calls) >= calls
@@ -134,4 +138,4 @@ class _Ledger:
         shortest, and is spared look-ups and wasted passes as well: less two fifths."""
         searches = 1 + ceil(max(self._steps - choice.stride().length, 0) / choice.window)
         share, search_s = (0.75, self._search_s) if choice.guesses else (0.6, self._shortest_s)
-        return share * (self._step_s + searches / self._steps * search_s) < self._median(best)
+        return share * (self._step_s + searches / self._steps * search_s) < self._typical(best)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
-from ralmspec.retrievers.base import Bounding, Ranking
+from ralmspec.retrievers.base import Ranking, bound_of
 from ralmspec.retrievers.ranking import rank
 
 from .locality import Path, Walker
@@ -82,7 +82,7 @@ class Instruments:
             self._drafted(counts, path, draft, made[20])
         for prefetch in DRAFTED:
             _surviving(counts, drafts, prefetch, made[prefetch])
-        if isinstance(retriever, Bounding):
+        if bound_of(retriever) is not None:
             certain = certified(path, retriever, CERTIFICATES)
             for width in CERTIFICATES:
                 counts.add("certificates", f"K = {width}", [width in sure for sure in certain])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ralmspec.retrievers.base import Bounding, Ids, Query, Ranking, Retriever
+from ralmspec.retrievers.base import Ids, Query, Ranking, Retriever, bound_of
 from ralmspec.retrievers.cache import SessionCache
 
 from .locality import Path, PathStep, Walker
@@ -124,17 +124,16 @@ def certified(path: Path, retriever: Retriever, widths: Sequence[int]) -> list[l
     than anything can that the search left out: `SessionCache.certified` where only that search is in the cache. Tried
     for each of the last four searches, of which the cache keeps more; the retriever must be `Bounding`.
     """
-    assert isinstance(retriever, Bounding), "nothing is known of what a search left out"
+    bound = bound_of(retriever)
+    assert bound is not None, "nothing is known of what a search left out"
     certain: list[list[int]] = []
     for number, step in enumerate(path.steps[1:], start=1):
         sure = set[int]()
         for earlier in path.steps[max(0, number - 4) : number]:
             asked = retriever.score(step.query, retriever.rows(earlier.wide.ids))
-            for width in widths:
-                if width <= len(asked):
-                    bound = retriever.bound(step.query, earlier.query, earlier.wide.top(width))
-                    if float(asked[:width].max()) > bound:
-                        sure.add(width)
+            for width in (width for width in widths if width <= len(asked)):
+                if float(asked[:width].max()) > bound(step.query, earlier.query, earlier.wide.top(width)):
+                    sure.add(width)
         certain.append(sorted(sure))
     return certain
 

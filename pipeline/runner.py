@@ -29,7 +29,7 @@ from ralmspec.stages.verify import Verify
 from ralmspec.stages.workload import BoundWorkload
 
 from .admission import Admission
-from .errors import DeadlineExceeded, EngineDead, NotServing
+from .errors import DeadlineExceeded, EngineDead, NotServing, Stalled
 from .lag_alarm import LagAlarm
 from .limits import Limits
 from .output_path import Delivery, PickUp
@@ -160,8 +160,9 @@ class Runner:
     def _released(self, session: Session) -> None:
         """A slot is free: the session ended and everything of it is home (R6)."""
         self._model.forget(session.id)
-        rest = session.stretches.rest(session.statistics)
-        if rest and (session.status is Status.DONE or isinstance(session.error, DeadlineExceeded)):
+        cut_short = isinstance(session.error, DeadlineExceeded | Stalled)
+        rest = session.stretches.rest(session.statistics, cut_short=cut_short)
+        if rest and (cut_short or session.status is Status.DONE):
             self._chooser.learn(session.request, session.arrangement, rest)
         self.admission.released(session)
         self._change()

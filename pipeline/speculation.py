@@ -27,7 +27,7 @@ class Chooser(Protocol):
 
     def learn(self, request: Request, arrangement: Arrangement, statistics: Statistics) -> None:
         """What a stretch of a session's steps took in `arrangement`; a long session has many. What is left at its end
-        (`Stretches.rest`) counts if it has ended well, or has missed its deadline."""
+        (`Stretches.rest`) counts if it has ended well, or has missed its deadline or stalled."""
         ...
 
 

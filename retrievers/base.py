@@ -1,8 +1,8 @@
 """What a retriever promises to the rest: queries in, ranked documents out, and scores for chosen documents."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,7 +108,6 @@ class Retriever(Protocol):
         ...
 
 
-@runtime_checkable
 class Bounding(Protocol):
     """What an exact retriever may offer besides: a bound on what a search left out, which can spare later searches."""
 
@@ -119,3 +118,11 @@ class Bounding(Protocol):
         known, minus infinity where nothing was left out. Fast: called for several searches at every look-up.
         """
         ...
+
+
+Bound = Callable[[Query, Query, Ranking], float]
+
+
+def bound_of(retriever: object) -> Bound | None:
+    """`Bounding.bound` of a retriever that offers it. Asked for by name, for what stands before one may delegate."""
+    return cast(Bound | None, getattr(retriever, "bound", None))

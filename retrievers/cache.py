@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Bounding, Ids, Query, Ranking, Retriever
+from .base import Ids, Query, Ranking, Retriever, bound_of
 from .ranking import rank
 
 _Places = NDArray[np.intp]
@@ -41,7 +41,7 @@ class SessionCache:
         # One used since has another time now, and everything that is not listed was used later than these.
         self._idle: _Places = np.empty(0, dtype=np.intp)
         self._idle_since: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._bounding = retriever if isinstance(retriever, Bounding) else None
+        self._bound = bound_of(retriever)
         self._searches: deque[tuple[Query, Ranking]] = deque(maxlen=_REMEMBERED)
 
     def __len__(self) -> int:
@@ -103,11 +103,11 @@ class SessionCache:
         return ranking
 
     def _is_proven(self, query: Query, ranking: Ranking) -> bool:
-        if self._bounding is None:
+        if self._bound is None:
             return False
         last = float(ranking.scores[-1])
         return any(
-            last > self._bounding.bound(query, past, found) and (self._slots(found.ids) >= 0).all()
+            last > self._bound(query, past, found) and (self._slots(found.ids) >= 0).all()
             for past, found in reversed(self._searches)
         )
 

@@ -93,12 +93,12 @@ class ExactDense(OneKernel):
         return [self._scan(vector, k) if ranking is None else ranking for vector, ranking in both]
 
     def bound(self, query: Query, past: Query, found: Ranking) -> float:
-        """As `Bounding.bound`; of squared distances nothing is said. A thousandth is what `longest` may be off by."""
+        """As `Bounding.bound`; of squared distances nothing is said. `longest` may be off by a thousandth."""
         if len(found.ids) == len(self._vectors):
             return -math.inf
         if self._vectors.metric != "inner product":
             return math.inf
-        floor, longest = float(found.scores[-1]), 1.001 * self._vectors.longest
+        floor, longest = float(found.scores[-1]), 1.002 * self._vectors.longest
         return product_bound(self._vector(query), self._vector(past), floor, longest)
 
     def _among(self, proposer: Proposer, fetch: int, vectors: NDArray[np.float32], k: int) -> list[Ranking | None]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
-from .base import Bounding, Document, Ids, Query, Ranking, Retriever, Scores
+from .base import Document, Ids, Query, Ranking, Retriever, Scores, bound_of
 from .errors import BadKnowledge, MissingExtra, RetrieverFailed
 
 LOG = logging.getLogger("ralmspec")
@@ -72,7 +72,8 @@ class Retrying:
 
     def bound(self, query: Query, past: Query, found: Ranking) -> float:
         """As the inner retriever does it, if it does."""
-        return self._retriever.bound(query, past, found) if isinstance(self._retriever, Bounding) else math.inf
+        bound = bound_of(self._retriever)
+        return math.inf if bound is None else bound(query, past, found)
 
     def document(self, id: int) -> Document:
         """As the inner retriever does it."""

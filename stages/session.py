@@ -19,6 +19,7 @@ may fly; their verdicts are applied in step order.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import ceil
 
 import numpy as np
 
@@ -84,6 +85,7 @@ class Session:
         self.statistics = Statistics(prompt_tokens=len(request.prompt), prompt_tokens_cut=request.prompt_tokens_cut)
         self.trace = Trace(id) if request.trace else None
         self._reconsider = reconsider
+        self._paces: dict[Arrangement, Pace] = {}  # of arrangements that may be taken up again
         self._now = now
         self.admitted = self.progress = now()
 
@@ -408,13 +410,20 @@ class Session:
         """Steps have been committed: if they end a stretch, the session may be served otherwise from here on. What is
         open stays as it was begun, guesses and checks too; how that goes on, the new arrangement decides."""
         so_far = replace(self.statistics, latency_s=self._now() - self.admitted, reader_s=self.reader.away_s)
-        if (taken := self.stretches.committed(so_far)) is None:
+        if (taken := self.stretches.committed(so_far, self._steps_left)) is None:
             return
         chosen = self._reconsider(self.arrangement, taken)
         if chosen != self.arrangement:
+            self._paces[self.arrangement] = self.pace
             self.arrangement = chosen
-            self.pace = Pace(chosen.stride())
-            self.stretches.restart(self.transcript.begun, so_far)
+            self.pace = self._paces.get(chosen) or Pace(chosen.stride())
+            self.stretches.restart(self.transcript.begun)
+
+    @property
+    def _steps_left(self) -> int:
+        """How many are not begun yet, if nothing that is written is taken back."""
+        tokens = self.request.max_new_tokens - self.transcript.position
+        return 0 if self.transcript.ended else ceil(tokens / self.workload.retrieval_stride)
 
     # Prefetch ------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio
 from fake_datastore import Approximate, Bounded, Neighbours, knn_world
-from fakes import FakeModel, FakeRetriever, Scattered
+from fakes import Certifying, FakeModel, FakeRetriever, Scattered
 from oracle import sequential, sequential_knn
 
 from ralmspec.pipeline import (
@@ -37,6 +37,7 @@ from ralmspec.pipeline import (
 
 RETRIEVERS: dict[str, Callable[[int], FakeRetriever]] = {
     "ordinary": lambda seed: FakeRetriever(documents=300, dimension=8, seed=seed, spread=5),
+    "bounded": lambda seed: Certifying(documents=60, dimension=8, seed=seed, spread=5),
     "always hits": lambda seed: FakeRetriever(documents=1, seed=seed),
     "hardly ever hits": lambda seed: Scattered(documents=4096, seed=seed),
     "all tie": lambda seed: FakeRetriever(documents=9, seed=seed, spread=1),

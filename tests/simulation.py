@@ -181,10 +181,10 @@ def simulate(luck: Luck) -> Counter[str]:
     chance = random.Random(luck.seed)
     tally: Counter[str] = Counter()
     world = World.of(chance.choice(WORLDS), chance.randrange(3), chance.choice((2, 3)))
-    restless = Restless(random.Random(luck.seed))
+    restless = Restless(random.Random(f"{luck.seed} arrangements"))
     speculations: list[Speculation] = [*ARRANGEMENTS, Adaptive(), Adaptive(), *[restless] * 6]
     speculation = luck.arrangement or chance.choice(speculations)
-    steps = random.Random(luck.seed).choice((1, 2, 5, stretch.STEPS))
+    steps = random.Random(f"{luck.seed} steps").choice((1, 2, 5, stretch.STEPS))
     world.retriever.concurrency = chance.choice((1, 1, 2, 4))
     world.model.max_batch = chance.choice((1, 2, 8, 64))
     world.model.halts = chance.choice((0.0, 0.0, 0.3))
@@ -252,6 +252,7 @@ def simulate(luck: Luck) -> Counter[str]:
     settled(book, clients, world)
     tally["rollbacks"], tally["stale"], tally["stretches"] = book.rollbacks, book.stale, restless.learned
     tally["certified"] = sum(session.statistics.certified for session in book.ends)
+    tally["certified in stretches"] = min(tally["certified"], tally["stretches"])
     for client in clients:
         tally[type(client.ends[0]).__name__] += 1
     assert rate or not tally["RetrieverFailed"] + tally["ModelFailed"], "a fault that nobody made"

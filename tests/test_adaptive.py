@@ -301,6 +301,41 @@ async def test_a_first_choice_that_misses_every_deadline_is_left() -> None:
     assert served[0] == 1 and len(served) == 11, "the first misses it, and from then on the other serves"
 
 
+def test_what_never_gets_on_is_tried_ever_more_seldom() -> None:
+    """A trial of it lasts until the session's deadline, and no step is committed meanwhile."""
+    adaptive, slow = Adaptive((Continuous(), Slow(), Sequential())), 0
+    for _ in range(500):
+        chosen = adaptive.choose(REQUEST)
+        statistics = World({Continuous: 1.0, Slow: 1.0, Sequential: 9.0}, a=0.1, b=0.5).statistics(chosen)
+        if isinstance(chosen, Slow):
+            slow += 1
+            statistics.steps = 0
+        adaptive.learn(REQUEST, chosen, statistics)
+    assert 2 <= slow <= 8
+
+
+async def test_a_trial_that_ends_with_the_deadline_is_learned_from() -> None:
+    learned = []
+
+    class Noting(Adaptive):
+        def learn(self, request: Request, arrangement: Arrangement, statistics: Statistics) -> None:
+            learned.append((type(arrangement), statistics.steps))
+            super().learn(request, arrangement, statistics)
+
+    async with Pipeline(
+        model=FakeModel(ends=False),
+        retriever=FakeRetriever(documents=300, dimension=8, spread=5),
+        workload=InContext(),
+        speculation=Noting((Synchronous(speculation_stride=1), Slow(), Sequential())),
+        worker=fixed(model=0.1, index=1.0, encoder=0.02),
+        limits=Limits(stall_s=1000.0),
+    ) as pipeline:
+        with pytest.raises(DeadlineExceeded):
+            await pipeline.complete("3 1", max_new_tokens=400, deadline_s=100.0)
+    assert [kind for kind, _ in learned] == [Synchronous, Slow]
+    assert learned[-1] == (Slow, 0)
+
+
 @dataclass(frozen=True)
 class Slow(Sequential):
     """Sends its checks out only when the window is full, and drafts nothing: it never gets on."""

@@ -5,6 +5,7 @@ The bound is also held against a search for its worst case; the oracle tests of 
 """
 
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from oracle import sequential
 from simulation import Eager
 
 from ralmspec.pipeline import Answer, Continuous, Pipeline, Retrying, Sequential, Speculation, Synchronous, published
-from ralmspec.retrievers.base import Bounding, Query, Ranking
+from ralmspec.retrievers.base import Query, Ranking, bound_of
 from ralmspec.retrievers.cache import SessionCache
 from ralmspec.retrievers.drift import product_bound
 from ralmspec.retrievers.latency import SetLatency
@@ -89,7 +90,6 @@ def test_a_search_of_the_index_bounds_what_it_left_out() -> None:
 
     vectors = np.load(DEMO / "embeddings_wikipedia_minilm_f16.npy").astype(np.float32)
     index = ExactDense([None] * len(vectors), vectors, Encoder(vectors.shape[1]))  # type: ignore[list-item]
-    assert isinstance(index, Bounding)
     every = np.arange(len(vectors))
     for start, end in ((5, 900), (77, 78), (4000, 4001)):
         past = Query(text="", vector=vectors[start])
@@ -103,6 +103,21 @@ def test_a_search_of_the_index_bounds_what_it_left_out() -> None:
     assert index.bound(past, past, everything) == -math.inf, "nothing was left out"
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_the_bound_holds_for_distractors_and_half_precision_too(kind: Any) -> None:
+    """A padded index leaves out distractors as well."""
+    pytest.importorskip("faiss", reason="needs ralmspec[local]")
+    from ralmspec.retrievers.padded import PaddedDense, with_distractors
+
+    vectors = np.load(DEMO / "embeddings_wikipedia_minilm_f16.npy").astype(kind)[:200]
+    index = PaddedDense([None] * 200, vectors, Encoder(vectors.shape[1]), pad_to=4000)  # type: ignore[list-item]
+    every = with_distractors(vectors.astype(np.float32), 4000, noise=0.5, norm=0.25, seed=0)
+    past, query = (Query(text="", vector=vectors[n].astype(np.float32)) for n in (3, 4))
+    (found,) = index.search([past], 5)
+    left = np.delete(every, found.ids, axis=0)
+    assert index.score(query, left).max() <= index.bound(query, past, found)
+
+
 def test_of_distances_and_approximate_searches_nothing_is_known() -> None:
     pytest.importorskip("faiss", reason="needs ralmspec[local]")
     from ralmspec.retrievers.dense import ExactDense
@@ -113,7 +128,7 @@ def test_of_distances_and_approximate_searches_nothing_is_known() -> None:
     index = ExactDense([None] * 4, near, Encoder(4))  # type: ignore[list-item]
     query = Query(text="", vector=np.ones(4, dtype=np.float32))
     assert index.bound(query, query, index.search([query], 2)[0]) == math.inf
-    assert not issubclass(HNSWDense, Bounding)
+    assert bound_of(HNSWDense) is None and bound_of(ExactDense) is not None
 
 
 class Encoder:
@@ -236,6 +251,36 @@ def test_what_is_certain_is_what_the_index_finds(n: int, k: int) -> None:
             cache.insert(found.ids, WORLD.rows(found.ids))
         words[random.integers(len(words))] = int(random.integers(8))
     assert found_certain > 5
+
+
+def test_threads_that_fill_and_empty_the_cache_make_no_proof_wrong() -> None:
+    """One takes in what searches find, more than there is room for, while another asks for proofs."""
+    cache, stop, proven = SessionCache(WORLD, capacity=12), threading.Event(), list[tuple[Query, Ranking]]()
+    random = np.random.default_rng(5)
+    queries = [asked(WORLD, " ".join(map(str, random.integers(0, 8, 12)))) for _ in range(40)]
+
+    def fill() -> None:
+        draw = np.random.default_rng(6)
+        while not stop.is_set():
+            query = queries[draw.integers(len(queries))]
+            (found,) = WORLD.search([query], 4)
+            cache.insert(found.ids[:1], WORLD.rows(found.ids[:1]))
+            cache.searched(query, found)
+            cache.insert(found.ids[1:], WORLD.rows(found.ids[1:]))
+
+    filler = threading.Thread(target=fill)
+    filler.start()
+    try:
+        for turn in range(3000):
+            ranking, certain = cache.certified(query := queries[turn % len(queries)])
+            if certain and ranking is not None:
+                proven.append((query, ranking))
+    finally:
+        stop.set()
+        filler.join()
+    assert proven
+    for query, ranking in proven:
+        assert ranking.ids[0] == WORLD.search([query], 1)[0].ids[0]
 
 
 # The session ----------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def test_the_random_schedules_were_not_vacuous() -> None:
     if TALLY["sessions"] < 3 * BLOCK:
         pytest.skip(f"only {TALLY['sessions']} sessions were simulated in this process")
     wanted = ["rollbacks", "stale", "completed", "cut", "cancelled", "slow", "overloaded", "faults", "deaths", "drains"]
-    wanted += ["ended in the waiting room", "certified", "stretches"]
+    wanted += ["ended in the waiting room", "certified", "stretches", "certified in stretches"]
     wanted += ["DeadlineExceeded", "Cancelled", "RetrieverFailed", "ModelFailed", "EngineDead", "NotServing"]
     assert not [what for what in wanted if not TALLY[what]], TALLY
 

@@ -21,6 +21,7 @@ from ralmspec.pipeline import (
     Synchronous,
 )
 from ralmspec.stages import stretch
+from ralmspec.stages.messages import Decoded
 from ralmspec.stages.request import Request
 from ralmspec.stages.step import Move
 from ralmspec.stages.stretch import Stretches
@@ -46,51 +47,68 @@ def test_what_is_no_sum_is_not_subtracted() -> None:
 
 def test_a_stretch_is_sixteen_steps_and_the_first_step_belongs_to_none() -> None:
     stretches = Stretches()
-    assert stretches.committed(after(1, 10.0)) is None
-    assert [stretches.committed(after(steps, 10.0 + steps)) for steps in range(2, 17)] == [None] * 15
-    taken = stretches.committed(after(17, 42.0))
+    assert stretches.committed(after(1, 10.0), MANY) is None
+    assert [stretches.committed(after(steps, 10.0 + steps), MANY) for steps in range(2, 17)] == [None] * 15
+    taken = stretches.committed(after(17, 42.0), MANY)
     assert taken is not None and (taken.steps, taken.latency_s) == (16, 32.0)
-    assert stretches.committed(after(32, 50.0)) is None
-    taken = stretches.committed(after(40, 62.0))
+    assert stretches.committed(after(32, 50.0), MANY) is None
+    taken = stretches.committed(after(40, 62.0), MANY)
     assert taken is not None and (taken.steps, taken.latency_s) == (23, 20.0), "many steps may be committed at once"
 
 
-def test_what_was_begun_before_a_change_belongs_to_no_stretch() -> None:
-    stretches = Stretches()
-    stretches.committed(after(1, 1.0))
-    stretches.committed(after(17, 17.0))
-    stretches.restart(20, after(17, 17.0))  # three steps are still open
-    assert stretches.committed(after(19, 30.0)) is None
-    assert stretches.committed(after(21, 40.0)) is None, "from here on"
-    taken = stretches.committed(after(37, 72.0))
+def test_what_was_begun_before_a_change_belongs_to_no_stretch_nor_the_first_step_after_it() -> None:
+    stretches = told()
+    stretches.restart(20)  # three steps are still open
+    assert stretches.committed(after(20, 30.0), MANY) is None
+    assert stretches.committed(after(21, 40.0), MANY) is None, "from here on"
+    assert stretches.committed(after(36, 71.0), MANY) is None
+    taken = stretches.committed(after(37, 72.0), MANY)
     assert taken is not None and (taken.steps, taken.latency_s) == (16, 32.0)
 
 
-def test_with_nothing_open_the_next_stretch_begins_at_once() -> None:
+def test_where_too_few_steps_are_left_for_another_a_stretch_goes_on_to_the_end() -> None:
     stretches = Stretches()
-    stretches.committed(after(1, 1.0))
-    stretches.restart(1, after(1, 1.0))
-    taken = stretches.committed(after(17, 9.0))
-    assert taken is not None and (taken.steps, taken.latency_s) == (16, 8.0)
+    stretches.committed(after(1, 1.0), 31)
+    assert stretches.committed(after(17, 17.0), 7) is None
+    rest = stretches.rest(after(32, 50.0), cut_short=False)
+    assert rest is not None and (rest.steps, rest.latency_s) == (31, 49.0), "the last verification included"
 
 
 def test_the_rest_counts_if_it_is_half_a_stretch() -> None:
-    stretches = Stretches()
-    stretches.committed(after(1, 1.0))
-    stretches.committed(after(17, 17.0))
-    assert stretches.rest(after(24, 30.0)) is None
-    rest = stretches.rest(after(25, 30.0))
+    stretches = told()
+    assert stretches.rest(after(24, 30.0), cut_short=False) is None
+    rest = stretches.rest(after(25, 30.0), cut_short=False)
     assert rest is not None and (rest.steps, rest.latency_s) == (8, 13.0)
 
 
 def test_of_a_short_session_all_of_it_counts() -> None:
     stretches = Stretches()
-    assert stretches.rest(after(0, 3.0)) == after(0, 3.0), "it missed its deadline with nothing"
-    stretches.committed(after(1, 1.0))
-    assert stretches.rest(after(5, 9.0)) == after(5, 9.0)
-    stretches.committed(after(17, 17.0))
-    stretches.restart(40, after(17, 17.0))
-    assert stretches.rest(after(30, 50.0)) is None, "something of it has been told"
+    assert stretches.rest(after(0, 3.0), cut_short=True) == after(0, 3.0)
+    stretches.committed(after(1, 1.0), MANY)
+    assert stretches.rest(after(5, 9.0), cut_short=False) == after(5, 9.0)
+    stretches = told()
+    stretches.restart(40)
+    assert stretches.rest(after(30, 50.0), cut_short=False) is None, "something of it has been told"
+
+
+def test_of_one_that_took_too_long_a_few_steps_count_or_none() -> None:
+    stretches = told()
+    rest = stretches.rest(after(19, 90.0), cut_short=True)
+    assert rest is not None and (rest.steps, rest.latency_s) == (2, 73.0)
+    stretches.restart(20)
+    rest = stretches.rest(after(20, 90.0), cut_short=True)
+    assert rest is not None and rest.steps == 0, "nothing that was begun since the change"
+
+
+MANY = 1000  # steps that are left
+
+
+def told() -> Stretches:
+    """One stretch is complete, of seventeen steps that took as many seconds."""
+    stretches = Stretches()
+    stretches.committed(after(1, 1.0), MANY)
+    assert stretches.committed(after(17, 17.0), MANY) is not None
+    return stretches
 
 
 # The session -----------------------------------------------------------------------------------------------------
@@ -117,21 +135,15 @@ CONTINUOUS = Continuous(certified_skip=False)
 
 
 @pytest.mark.usefixtures("short_stretches")
-def test_drafts_that_are_out_at_a_change_are_verified_and_no_more_are_made() -> None:
-    asked = Asked(served := Sequential(), served)
+def test_what_was_drafted_before_a_change_stands_and_no_more_is_drafted() -> None:
+    asked = Asked(Sequential())
     hand = Hand(CONTINUOUS, reconsider=asked)
     hand.play((1, 2), (3, 4), (5, 6), guesses=(5, 6, 7))
-    first = hand.launch()  # of the second step; those of the third and of what comes next wait
-    assert hand.committed() == [(1, 2)]
-    hand.decode(7)
-    hand.judge(first, 5)
-    hand.judge(hand.launch(), 6, 7) if hand.session.checks.queued else None
-    assert asked.told == [(CONTINUOUS, 2)] and hand.session.arrangement is served
-    assert hand.session.move is Move.DECODE, "its document is known by now"
-    hand.decode(8)
+    hand.judge(hand.launch(), 5, 6, 7)
+    assert asked.told == [(CONTINUOUS, 2)] and isinstance(hand.session.arrangement, Sequential)
+    hand.decode(7, 8)
     assert hand.committed() == [(1, 2), (3, 4), (5, 6), (7, 8)]
-    query = hand.ask()
-    hand.session.looked(hand.session.epoch, query, None, seconds=0.0)
+    hand.session.looked(hand.session.epoch, hand.ask(), None, seconds=0.0)
     (check,) = hand.launch()
     assert check.cache is None and check.documents == 1, "nothing is cached for guesses that are not made"
     assert hand.session.move is None
@@ -140,48 +152,83 @@ def test_drafts_that_are_out_at_a_change_are_verified_and_no_more_are_made() -> 
 @pytest.mark.usefixtures("short_stretches")
 def test_an_open_draft_waits_for_its_verdict_where_nothing_is_drafted_any_more() -> None:
     hand = Hand(CONTINUOUS, reconsider=Asked(Sequential()))
-    hand.play((1, 2), (3, 4), (5, 6), guesses=(5, 6, 7))
-    hand.decode(7)
-    hand.judge(hand.launch(), 5, 6, 7)
-    assert isinstance(hand.session.arrangement, Sequential) and hand.session.move is Move.DECODE
-    hand = Hand(CONTINUOUS, reconsider=Asked(Sequential()))
-    hand.play((1, 2), guesses=(5, 6, 7))
+    hand.play((1, 2), (3, 4), guesses=(5, 6, 7))
     first = hand.launch()
-    hand.decode(3, 4)
-    hand.look()
     hand.decode(5, 6)
     hand.look()
     hand.decode(7)
-    hand.judge(first, 5)
-    assert hand.session.move is Move.DECODE, "two steps since the first are not committed yet"
+    assert hand.session.move is Move.DECODE
+    hand.judge(first, 5, 6)
+    assert isinstance(hand.session.arrangement, Sequential) and hand.session.move is None
+    hand.judge(hand.launch(), 7)
+    hand.decode(8)
+    assert hand.committed()[-1] == (7, 8)
 
 
 @pytest.mark.usefixtures("short_stretches")
 def test_credits_are_those_of_the_largest_window() -> None:
     """One batch brings all home that was drafted before the change."""
     hand = Hand(CONTINUOUS, reconsider=Asked(Sequential()), window=64)
-    hand.begin()
-    hand.guesses(*range(5, 12))
-    hand.decode(1, 2)
-    hand.look()
-    hand.decode(3, 4)
-    hand.look()
+    hand.play((1, 2), (3, 4), guesses=(5, 6, 7, 8, 9, 10))
     first = hand.launch()
     for tokens in ((5, 6), (7, 8), (9, 10), (11, 12)):
         hand.decode(*tokens)
         hand.look()
     hand.judge(first, 5, 6)
-    hand.decode(13, 14)
-    assert len(hand.committed()) == 3 and isinstance(hand.session.arrangement, Sequential)
-    assert hand.session.move is None, "five steps are open, and one at most may be"
+    assert isinstance(hand.session.arrangement, Sequential)
+    assert hand.session.move is None, "four steps are open, and one at most may be"
     assert len(hand.launch()) == 4
+
+
+@pytest.mark.usefixtures("short_stretches")
+def test_a_doubt_outlives_a_change() -> None:
+    """Of two batches the second comes when the session is served otherwise; its wrong guess was doubted before."""
+    hand = Hand(Continuous(certified_skip=False, flights=2), reconsider=Asked(Sequential()))
+    hand.play((1, 2), (3, 4), (5, 6), guesses=(5, 6, 7, 8))
+    checks = hand.launch()
+    hand.decode(7, 8)
+    hand.judge(checks, 5, 6, 9)
+    assert isinstance(hand.session.arrangement, Sequential)
+    made = hand.session.next_pass()
+    assert made is not None and made.proposed == (7,), "the token check of the open step"
+    hand.session.decoded(made, Decoded((7, 8), None), seconds=0.0)
+    assert hand.committed()[-1] == (7, 8) and hand.session.statistics.saved == 1
+
+
+@pytest.mark.usefixtures("short_stretches")
+def test_a_stride_that_is_taken_up_again_goes_on_where_it_was() -> None:
+    synchronous = Synchronous(speculation_stride=1)
+    hand = Hand(synchronous, reconsider=Asked(Sequential(), synchronous), window=8)
+    pace = hand.session.pace
+    hand.begin()
+    hand.guesses(5, 5)
+    hand.decode(1, 2)
+    for n in range(2):
+        hand.look()
+        hand.judge(hand.launch(), 5)
+        hand.decode(2 * n, 3)
+    assert isinstance(hand.session.arrangement, Sequential) and hand.session.pace is not pace
+    while hand.session.pace is not pace:
+        hand.session.looked(hand.session.epoch, hand.ask(), None, seconds=0.0)
+        hand.judge(hand.launch(), 5)
+        hand.decode(5, 6)
+    assert hand.session.pace is pace
+
+
+@pytest.mark.usefixtures("short_stretches")
+def test_the_end_is_no_time_for_a_change() -> None:
+    hand = Hand(CONTINUOUS, reconsider=Asked(), max_new_tokens=6)
+    hand.play((1, 2), (3, 4), guesses=(5, 6))
+    hand.decode(5, 6)
+    hand.judge(hand.launch(), 5, 6)
+    assert hand.session.final, "nobody was asked"
 
 
 # In a pipeline ---------------------------------------------------------------------------------------------------
 
 
 def served(
-    speculation: Speculation, tokens: int, *, retriever: FakeRetriever | None = None, **workers: float
+    speculation: Speculation, tokens: int, seconds: dict[str, float], retriever: FakeRetriever | None = None
 ) -> Answer:
     """In virtual time, as sequential serving would have it."""
     model, retriever = FakeModel(ends=False), retriever or FakeRetriever(documents=300, dimension=8, spread=5)
@@ -192,7 +239,7 @@ def served(
             retriever=retriever,
             workload=InContext(),
             speculation=speculation,
-            worker=fixed(**workers),
+            worker=fixed(**seconds),
         ) as pipeline:
             return await pipeline.complete("3 1 4", max_new_tokens=tokens)
 
@@ -203,13 +250,13 @@ def served(
 
 
 def test_a_session_that_is_served_badly_does_not_go_on_so() -> None:
-    """Nothing is ever sent out before the window is full, and a search takes a moment: the other choice is better."""
+    """Every step waits for a search; the other choice does not."""
     slow = Synchronous(speculation_stride=1, prefetch=1)
     adaptive = Adaptive((slow, Continuous(prefetch=256)))
     workers = {"model": 0.1, "index": 8.0}
-    worst = served(slow, 400, **workers).statistics.latency_s
-    best = served(Continuous(prefetch=256), 400, **workers).statistics.latency_s
-    assert served(adaptive, 400, **workers).statistics.latency_s < best + (worst - best) / 4
+    worst = served(slow, 400, workers).statistics.latency_s
+    best = served(Continuous(prefetch=256), 400, workers).statistics.latency_s
+    assert served(adaptive, 400, workers).statistics.latency_s < best + (worst - best) / 4
 
 
 class Turns:
@@ -232,6 +279,7 @@ class Turns:
 def test_outputs_do_not_depend_on_when_it_changes(b: float) -> None:
     arrangements = Continuous(prefetch=20), Sequential(), Synchronous(speculation_stride=3), Continuous(flights=3)
     turns = Turns(*arrangements)
-    served(turns, 600, retriever=Certifying(documents=300, dimension=8, spread=5), model=0.1, index=b, encoder=0.02)
+    retriever = Certifying(documents=300, dimension=8, spread=5)
+    served(turns, 600, {"model": 0.1, "index": b, "encoder": 0.02}, retriever)
     assert len({arrangement for arrangement, _ in turns.learned}) == 4
     assert all(steps >= 16 for _, steps in turns.learned[:-1])
