@@ -29,6 +29,7 @@ from fakes import VirtualWorker
 from ralmspec.pipeline import Limits, NotServing, SessionStream, Synchronous, runner
 from ralmspec.pipeline.runner import Runner
 from ralmspec.pipeline.watchdog import OnTime, Watchdog
+from ralmspec.retrievers.cache import SessionCache
 from ralmspec.retrievers.errors import RetrieverFailed
 from ralmspec.stages import cycle, generate, switch
 from ralmspec.stages.checks import Checks
@@ -347,6 +348,12 @@ def is_certain_at_once(looked: Any, self: Session, *arguments: Any, **named: Any
         self.transcript.steps[-1].certain = True
 
 
+def proves_without_what_was_found(is_proven: Any, self: SessionCache, *arguments: Any) -> Any:
+    with Patch.context() as patch:
+        patch.setattr(self, "_slots", lambda ids: ids)
+        return is_proven(self, *arguments)
+
+
 def certifies_every_guess(guess: Any, self: Lookup, query: Any, question: Any) -> Looked:
     made: Looked = guess(self, query, question)
     return replace(made, certified=made.guess is not None)
@@ -511,6 +518,9 @@ MUTANTS = [
            partial(T.test_r12_draining_waits_for_a_hung_call_until_the_deadline_only, "model")),
     Mutant("promise 1", "drafts are committed unverified", around(Session, "_commit", commits_unverified), schedules),
     Mutant("promise 1", "an end in a draft is final", around(Session, "decoded", ends_with_a_draft), schedules),
+    Mutant("promise 1", "a proof does without what its search found",
+           around(SessionCache, "_is_proven", proves_without_what_was_found),
+           test_certified.test_what_was_found_must_be_here_all_of_it),
     Mutant("promise 1", "every guess is certified", around(Lookup, "_guess", certifies_every_guess), schedules),
     Mutant("promise 1", "what is certified is certain before its context is",
            around(Session, "looked", is_certain_at_once),
