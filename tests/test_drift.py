@@ -11,6 +11,7 @@ from fakes import FakeRetriever
 from ralmspec.pipeline import Retrying
 from ralmspec.retrievers.base import Document, Query, Ranking, bound_of
 from ralmspec.retrievers.drift import product_bound
+from ralmspec.retrievers.flat import product_error
 from ralmspec.retrievers.latency import SetLatency
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
@@ -62,6 +63,22 @@ def test_the_bound_is_no_higher_than_it_must_be(dimension: int) -> None:
         floor = random.uniform(-0.9, 0.9) * float(lengths(past))
         most = float((plane @ query)[plane @ past <= floor].max())
         assert most <= product_bound(query, past, floor, 1.0) <= most + 2e-3 * float(lengths(query))
+
+
+@pytest.mark.parametrize("dimension", [2, 5, 384])
+def test_scores_may_be_off_as_far_as_float32_allows(dimension: int) -> None:
+    """The worst vector was scored too low by all of the error, and is scored too high by all of it now."""
+    random = np.random.default_rng(8)
+    for _ in range(50):
+        past = random.standard_normal(dimension).astype(np.float32)
+        query = (past + 0.1 * random.standard_normal(dimension)).astype(np.float32)
+        before, now = (product_error(dimension, float(lengths(one)), 1.0) for one in (past, query))
+        floor = 0.5 * float(lengths(past))
+        along = past.astype(np.float64) / lengths(past)
+        across = query - (query @ along) * along
+        share = (floor + before) / float(lengths(past))
+        most = share * float(along @ query) + math.sqrt(1 - share**2) * float(np.linalg.norm(across))
+        assert most + now <= product_bound(query, past, floor, 1.0)
 
 
 def test_what_tells_nothing_bounds_by_length_alone() -> None:
