@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from clocks import run
-from fakes import Certifying, FakeModel, FakeRetriever, fixed
+from fakes import END, Certifying, FakeModel, FakeRetriever, fixed
 from hand import Hand
 from oracle import sequential
 
@@ -213,6 +213,56 @@ def test_a_stride_that_is_taken_up_again_goes_on_where_it_was() -> None:
         hand.judge(hand.launch(), 5)
         hand.decode(5, 6)
     assert hand.session.pace is pace
+
+
+@pytest.mark.usefixtures("short_stretches")
+def test_what_was_open_at_a_change_is_not_held_against_what_serves_then() -> None:
+    """Three steps are committed and the fourth is open; the fifth is the first that is begun in the new arrangement."""
+    asked = Asked(sequential_serving := Sequential(), sequential_serving)
+    hand = Hand(CONTINUOUS, reconsider=asked)
+    hand.play((1, 2), (3, 4), (5, 6), guesses=(5, 6, 7))
+    hand.judge(hand.launch(), 5, 6, 7)
+    hand.decode(7, 8)
+    for committed in (5, 6, 7):
+        assert len(asked.told) == 1
+        hand.session.looked(hand.session.epoch, hand.ask(), None, seconds=0.0)
+        hand.judge(hand.launch(), 5)
+        hand.decode(5, 6)
+        assert len(hand.committed()) == committed
+    assert asked.told[1] == (sequential_serving, 2)
+
+
+@pytest.mark.usefixtures("short_stretches")
+def test_an_end_that_is_drafted_is_the_end_of_the_last_stretch() -> None:
+    hand = Hand(CONTINUOUS, reconsider=Asked(), model=FakeModel())
+    hand.play((1, 2), (3, 4), guesses=(5, 6, 7))
+    first = hand.launch()
+    hand.decode(5, 6)
+    hand.look()
+    hand.decode(END)
+    hand.judge(first, 5, 6)
+    assert len(hand.committed()) == 3 and not hand.session.final, "nobody was asked what should come then"
+
+
+@pytest.mark.usefixtures("short_stretches")
+def test_the_time_a_reader_took_is_told() -> None:
+    away = list[float]()
+
+    def note(arrangement: Arrangement, taken: Statistics) -> Arrangement:
+        away.append(taken.reader_s)
+        return arrangement
+
+    hand = Hand(Sequential(), reconsider=note, unread_limit=2)
+    for committed in (1, 2, 3):
+        hand.session.looked(hand.session.epoch, hand.ask(), None, seconds=0.0)
+        hand.judge(hand.launch(), 5)
+        hand.decode(1, 2)
+        if committed == 2:
+            assert hand.session.move is None
+            hand.at = 10.0
+            hand.session.reader.heard()
+            hand.session.reader.heard()
+    assert away == [10.0]
 
 
 @pytest.mark.usefixtures("short_stretches")
