@@ -24,6 +24,7 @@ from ralmspec.pipeline import (
     RetrieverFailed,
     Sequential,
     Speculation,
+    Stalled,
     Statistics,
     Synchronous,
 )
@@ -134,6 +135,16 @@ def test_where_there_is_nothing_to_win_nothing_is_tried() -> None:
     assert set(played(adaptive, crowded, 120)) == {Sequential}
     chosen = played(adaptive, lambda number: OWN, 60)
     assert Counter(chosen)[Continuous] >= 40, "the others have gone, and there is much to win"
+
+
+def test_what_once_took_too_long_is_forgiven_with_its_next_result() -> None:
+    """The model is busy all the time, so nothing is to win, and what works least serves."""
+    busy = World(dict.fromkeys((Continuous, Synchronous, Sequential), 1.0), a=0.98, b=0.01)
+    adaptive = Adaptive()
+    adaptive.learn(REQUEST, Sequential(), Statistics(latency_s=1.0))
+    for arrangement in (Continuous(prefetch=256), Sequential()):
+        adaptive.learn(REQUEST, arrangement, busy.statistics(arrangement))
+    assert set(played(adaptive, lambda number: busy, 60)) == {Sequential}
 
 
 def test_what_cannot_win_is_never_tried() -> None:
@@ -314,7 +325,10 @@ def test_what_never_gets_on_is_tried_ever_more_seldom() -> None:
     assert 2 <= slow <= 8
 
 
-async def test_a_trial_that_ends_with_the_deadline_is_learned_from() -> None:
+@pytest.mark.parametrize(("deadline_s", "stall_s", "error"), [(100.0, 1000.0, DeadlineExceeded), (1e6, 50.0, Stalled)])
+async def test_a_trial_that_is_cut_short_is_learned_from(
+    deadline_s: float, stall_s: float, error: type[Exception]
+) -> None:
     learned = []
 
     class Noting(Adaptive):
@@ -328,10 +342,10 @@ async def test_a_trial_that_ends_with_the_deadline_is_learned_from() -> None:
         workload=InContext(),
         speculation=Noting((Synchronous(speculation_stride=1), Slow(), Sequential())),
         worker=fixed(model=0.1, index=1.0, encoder=0.02),
-        limits=Limits(stall_s=1000.0),
+        limits=Limits(stall_s=stall_s),
     ) as pipeline:
-        with pytest.raises(DeadlineExceeded):
-            await pipeline.complete("3 1", max_new_tokens=400, deadline_s=100.0)
+        with pytest.raises(error):
+            await pipeline.complete("3 1", max_new_tokens=400, deadline_s=deadline_s)
     assert [kind for kind, _ in learned] == [Synchronous, Slow]
     assert learned[-1] == (Slow, 0)
 
